@@ -19,7 +19,7 @@ def attention_reference(
     cu_seqlens: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with the sink as a term of the normaliser: o = sum_j exp(s_j - m) v_j / (exp(z - m) + sum_j exp(s_j - m)).
+    """Attention with the sink as a term of the normaliser: o = sum_j exp(s_j) v_j / (exp(z) + sum_j exp(s_j)).
 
     Args:
         q: (batch, q_heads, q_len, head_dim), any floating dtype.

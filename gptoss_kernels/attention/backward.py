@@ -1,0 +1,429 @@
+"""Backward kernels: delta and the sinks' gradient; dK and dV; dQ. No atomics: each output tile has one program.
+
+With P = exp(S - lse), lse including the sink: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K,
+dK = scale dS^T Q, where delta = rowsum(dO * O) - dlse, and dz = -sum over rows of exp(z - lse) delta.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .masks import LOG2E, first_key, load_tile, query_end, split_keys, splits
+
+
+@triton.jit
+def delta_kernel(
+    out,  # (batch, q_heads, q_len, HEAD_DIM)
+    dout,
+    lse,  # (batch, q_heads, q_len) fp32
+    dlse,  # the same, any strides; read if HAS_DLSE
+    sinks,  # (q_heads,)
+    delta,  # (batch, q_heads, q_len) fp32
+    dsinks_partial,  # (batch, q_heads, blocks) fp32
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_db,
+    stride_dh,
+    stride_dm,
+    stride_lb,
+    stride_lh,
+    stride_lm,
+    q_heads,
+    q_len,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    batch = (tl.program_id(0) // q_heads).to(tl.int64)
+    head = (tl.program_id(0) % q_heads).to(tl.int64)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_range = offs_m < q_len
+    row = offs_m.to(tl.int64)[:, None]
+    mask = in_range[:, None] & (offs_d[None, :] < HEAD_DIM)
+    o = tl.load(out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :], mask, other=0.0)
+    do = tl.load(dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], mask, other=0.0)
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
+    if HAS_DLSE:
+        dlse += batch * stride_lb + head * stride_lh
+        row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
+    base = (batch * q_heads + head) * q_len
+    tl.store(delta + base + offs_m, row_delta, mask=in_range)
+    if HAS_SINKS:
+        z = tl.load(sinks + head).to(tl.float32)
+        row_lse = tl.load(lse + base + offs_m, in_range, other=float("inf"))
+        # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
+        p_sink = tl.where(row_lse == float("-inf"), 0.0, tl.exp2((z - row_lse) * LOG2E))
+        partial = -tl.sum(p_sink * row_delta, 0)
+        tl.store(dsinks_partial + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), partial)
+
+
+@triton.jit
+def accumulate_dkdv(
+    dk,  # [BLOCK_N, BLOCK_D] fp32
+    dv,
+    k_tile,  # [BLOCK_N, BLOCK_D]
+    v_tile,
+    q_ptrs,  # [BLOCK_M, BLOCK_D] at row 0
+    do_ptrs,
+    lse,  # [q_len] of this head
+    delta,
+    real,  # [BLOCK_N] the key is a token
+    key,  # [BLOCK_N]
+    last,  # [BLOCK_N] one past the newest query row of each key
+    begin,
+    end,
+    q_len,
+    offset,
+    stride_qm,
+    stride_dm,
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what query rows [begin, end) of one head contribute to dK and dV of a key tile."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptrs += begin.to(tl.int64) * stride_qm
+    do_ptrs += begin.to(tl.int64) * stride_dm
+    for start_m in range(begin, end, BLOCK_M):
+        row = start_m + offs_m  # [BLOCK_M]
+        q_tile = load_tile(q_ptrs, offs_d[None, :] < HEAD_DIM, row[:, None] < q_len, HEAD_DIM, BLOCK_D, MASKED)
+        if MASKED:
+            row_lse = tl.load(lse + row, mask=row < q_len, other=0.0)
+            row_delta = tl.load(delta + row, mask=row < q_len, other=0.0)
+        else:
+            row_lse = tl.load(lse + row)
+            row_delta = tl.load(delta + row)
+        if PADDED:  # a row that sees nothing has lse = -inf
+            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(scores * qk_scale - (row_lse * LOG2E)[None, :])
+        if MASKED:
+            allowed = (row[None, :] + offset >= key[:, None]) & (row[None, :] < last[:, None])
+            p = tl.where(allowed, p, 0.0)
+        if PADDED:
+            p = tl.where(real[:, None], p, 0.0)
+        do_tile = load_tile(do_ptrs, offs_d[None, :] < HEAD_DIM, row[:, None] < q_len, HEAD_DIM, BLOCK_D, MASKED)
+        dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        ds = p * (dp - row_delta[None, :])
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+        q_ptrs += BLOCK_M * stride_qm
+        do_ptrs += BLOCK_M * stride_dm
+    return dk, dv
+
+
+@triton.jit
+def dkdv_kernel(
+    q,  # (batch, q_heads, q_len, HEAD_DIM)
+    k,  # (batch, kv_heads, kv_len, HEAD_DIM)
+    v,
+    dout,  # as q
+    lse,  # (batch, q_heads, q_len) fp32
+    delta,
+    dk,  # as k
+    dv,
+    cu_seqlens,
+    padding,  # (batch, kv_len) bool
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_db,
+    stride_dh,
+    stride_dm,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    kv_heads,
+    q_len,
+    kv_len,
+    window,
+    documents,
+    search_steps,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # One program a (key tile, kv head): it loops over the group's query heads. The first keys, seen most, start first.
+    batch = (tl.program_id(0) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    start_n = tl.program_id(1) * BLOCK_N
+    offset = kv_len - q_len
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    key = start_n + tl.arange(0, BLOCK_N)
+    column = key.to(tl.int64)[:, None]
+    stored = (key[:, None] < kv_len) & (offs_d[None, :] < HEAD_DIM)
+    k_tile = tl.load(
+        k + batch * stride_kb + kv_head * stride_kh + column * stride_kn + offs_d[None, :], stored, other=0.0
+    )
+    v_tile = tl.load(
+        v + batch * stride_vb + kv_head * stride_vh + column * stride_vn + offs_d[None, :], stored, other=0.0
+    )
+    real = key < kv_len
+    if PADDED:
+        real = tl.load(padding + batch * kv_len + key, mask=key < kv_len, other=0) != 0
+
+    # Query rows [begin, full_begin) and [full_end, end) need a mask; what lies between does not.
+    last = query_end(
+        tl.minimum(key, kv_len - 1), cu_seqlens, q_len, offset, window, documents, search_steps, HAS_WINDOW, PACKED
+    )  # [BLOCK_N]
+    begin = tl.maximum(start_n - offset, 0) // BLOCK_M * BLOCK_M
+    end = tl.max(last, 0)
+    full_begin = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
+    full_end = tl.maximum(tl.min(last, 0) // BLOCK_M * BLOCK_M, full_begin)
+
+    acc_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    acc_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_ptrs = q + batch * stride_qb + head * stride_qh + offs_m[:, None] * stride_qm + offs_d[None, :]
+        do_ptrs = dout + batch * stride_db + head * stride_dh + offs_m[:, None] * stride_dm + offs_d[None, :]
+        base = (batch * kv_heads * GROUP + head) * q_len
+        if SPLIT:
+            acc_dk, acc_dv = accumulate_dkdv(
+                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
+                tl.minimum(full_begin, end), q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M,
+                BLOCK_D, PADDED, True,
+            )  # fmt: skip
+            acc_dk, acc_dv = accumulate_dkdv(
+                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, full_begin,
+                full_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, False,
+            )  # fmt: skip
+            acc_dk, acc_dv = accumulate_dkdv(
+                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, full_end,
+                end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
+            )  # fmt: skip
+        else:
+            acc_dk, acc_dv = accumulate_dkdv(
+                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
+                end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
+            )  # fmt: skip
+
+    target = batch * stride_gb + kv_head * stride_gh + column * stride_gn + offs_d[None, :]
+    tl.store(dk + target, (acc_dk * scale).to(dk.dtype.element_ty), mask=stored)
+    tl.store(dv + target, acc_dv.to(dv.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def accumulate_dq(
+    dq,  # [BLOCK_M, BLOCK_D] fp32
+    q_tile,  # [BLOCK_M, BLOCK_D]
+    do_tile,
+    row_lse,  # [BLOCK_M] base 2
+    row_delta,  # [BLOCK_M]
+    k_ptrs,  # [BLOCK_D, BLOCK_N] at key 0
+    v_ptrs,
+    padding,  # [kv_len] of this batch row
+    position,  # [BLOCK_M]
+    first,  # [BLOCK_M]
+    begin,
+    end,
+    kv_len,
+    stride_kn,
+    stride_vn,
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what keys [begin, end) contribute to dQ of a query tile."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    k_ptrs += begin.to(tl.int64) * stride_kn
+    v_ptrs += begin.to(tl.int64) * stride_vn
+    for start_n in range(begin, end, BLOCK_N):
+        key = start_n + offs_n  # [BLOCK_N]
+        k_tile = load_tile(k_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        v_tile = load_tile(v_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * qk_scale - row_lse[:, None])
+        if MASKED:
+            allowed = (key[None, :] <= position[:, None]) & (key[None, :] >= first[:, None])
+            p = tl.where(allowed, p, 0.0)
+        if PADDED:
+            real = tl.load(padding + key, mask=key < kv_len, other=0) != 0
+            p = tl.where(real[None, :], p, 0.0)
+        dp = tl.dot(do_tile, v_tile, input_precision="ieee")
+        ds = p * (dp - row_delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), dq, input_precision="ieee")
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
+    return dq
+
+
+@triton.jit
+def dq_kernel(
+    q,  # (batch, q_heads, q_len, HEAD_DIM)
+    k,  # (batch, kv_heads, kv_len, HEAD_DIM)
+    v,
+    dout,  # as q
+    lse,  # (batch, q_heads, q_len) fp32
+    delta,
+    dq,  # as q
+    cu_seqlens,
+    padding,  # (batch, kv_len) bool
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_db,
+    stride_dh,
+    stride_dm,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    q_heads,
+    q_len,
+    kv_len,
+    window,
+    documents,
+    search_steps,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # The order of programs is the forward's: heads fastest, longest rows first.
+    batch = (tl.program_id(0) // q_heads).to(tl.int64)
+    head = (tl.program_id(0) % q_heads).to(tl.int64)
+    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
+    first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
+    begin, full_begin, full_end, end = split_keys(position, first, kv_len, BLOCK_N)
+
+    row = offs_m.to(tl.int64)[:, None]
+    in_range = offs_m < q_len
+    stored = in_range[:, None] & (offs_d[None, :] < HEAD_DIM)
+    q_tile = tl.load(q + batch * stride_qb + head * stride_qh + row * stride_qm + offs_d[None, :], stored, other=0.0)
+    do_tile = tl.load(
+        dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], stored, other=0.0
+    )
+    base = (batch * q_heads + head) * q_len
+    row_lse = tl.load(lse + base + offs_m, in_range, other=0.0)
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E  # a row that sees nothing
+    row_delta = tl.load(delta + base + offs_m, in_range, other=0.0)
+    k_ptrs = k + batch * stride_kb + head // GROUP * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None]
+    v_ptrs = v + batch * stride_vb + head // GROUP * stride_vh + offs_n[None, :] * stride_vn + offs_d[:, None]
+    if PADDED:
+        padding += batch * kv_len
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    if SPLIT:
+        if HAS_WINDOW or PACKED:
+            acc = accumulate_dq(
+                acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, begin,
+                tl.minimum(full_begin, end), kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D,
+                PADDED, True,
+            )  # fmt: skip
+        acc = accumulate_dq(
+            acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, full_begin,
+            full_end, kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, False,
+        )  # fmt: skip
+        begin = full_end
+    acc = accumulate_dq(
+        acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, begin,
+        end, kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
+    )  # fmt: skip
+    target = batch * stride_gb + head * stride_gh + row * stride_gm + offs_d[None, :]
+    tl.store(dq + target, (acc * scale).to(dq.dtype.element_ty), mask=stored)
+
+
+def launch_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    interpreted: bool,
+) -> torch.Tensor | None:
+    """Fill dq, dk, dv (shapes of q, k, v; dk and dv with the same strides); return the sinks' gradient, fp32."""
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    block_d = triton.next_power_of_2(head_dim)
+
+    delta = torch.empty_like(lse)
+    blocks = triton.cdiv(q_len, tiles.DELTA_BLOCK)
+    partial = None if sinks is None else torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
+    delta_kernel[(batch * q_heads, blocks)](
+        out, dout, lse, dlse, sinks, delta, partial,
+        *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), q_heads, q_len,
+        HEAD_DIM=head_dim, BLOCK_M=tiles.DELTA_BLOCK, BLOCK_D=block_d, HAS_SINKS=sinks is not None,
+        HAS_DLSE=dlse is not None, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+    def constants(tile):
+        return dict(
+            GROUP=q_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d,
+            HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
+            SPLIT=splits(window), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    numbers = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
+
+    def launch_dkdv(tile):
+        dkdv_kernel[(batch * kv_heads, triton.cdiv(kv_len, tile.block_n))](
+            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, *numbers,
+            **constants(tile),
+        )  # fmt: skip
+
+    def launch_dq(tile):
+        dq_kernel[(batch * q_heads, triton.cdiv(q_len, tile.block_m))](
+            q, k, v, dout, lse, delta, dq, cu_seqlens, padding, *strides, *dq.stride()[:3], q_heads, *numbers,
+            **constants(tile),
+        )  # fmt: skip
+
+    launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
+    launch_dq(tiles.select("dq", q, not splits(window), interpreted, launch_dq))
+    return None if sinks is None else partial.sum(dim=(0, 2))

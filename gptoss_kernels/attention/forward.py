@@ -1,0 +1,190 @@
+"""Forward kernel: online softmax over key tiles, the sink being key number -1."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .masks import LOG2E, first_key, load_tile, split_keys, splits
+
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for "no key yet": finite, so that no difference of two maxima is NaN.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def attend(
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    running_max,  # [BLOCK_M] fp32, base 2
+    running_sum,  # [BLOCK_M] fp32
+    q_tile,  # [BLOCK_M, BLOCK_D]
+    k_ptrs,  # [BLOCK_D, BLOCK_N] at key 0
+    v_ptrs,  # [BLOCK_N, BLOCK_D] at key 0
+    padding,  # [kv_len] of this batch row
+    position,  # [BLOCK_M] key position of each query
+    first,  # [BLOCK_M] oldest key of each query
+    begin,
+    end,
+    kv_len,
+    stride_kn,
+    stride_vn,
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Let the queries of a tile attend to keys [begin, end); MASKED: where a bound may cut through a tile."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    k_ptrs += begin.to(tl.int64) * stride_kn
+    v_ptrs += begin.to(tl.int64) * stride_vn
+    for start_n in range(begin, end, BLOCK_N):
+        key = start_n + offs_n  # [BLOCK_N]
+        k_tile = load_tile(k_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            allowed = (key[None, :] <= position[:, None]) & (key[None, :] >= first[:, None])
+            scores = tl.where(allowed, scores, float("-inf"))
+        if PADDED:
+            real = tl.load(padding + key, mask=key < kv_len, other=0) != 0
+            scores = tl.where(real[None, :], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * qk_scale)
+        p = tl.exp2(scores * qk_scale - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+        rescale = tl.exp2(running_max - new_max)  # [BLOCK_M]
+        running_sum = running_sum * rescale + tl.sum(p, 1)
+        v_tile = load_tile(v_ptrs, offs_d[None, :] < HEAD_DIM, key[:, None] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+        running_max = new_max
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
+    return acc, running_max, running_sum
+
+
+@triton.jit
+def forward_kernel(
+    q,  # (batch, q_heads, q_len, HEAD_DIM)
+    k,  # (batch, kv_heads, kv_len, HEAD_DIM)
+    v,
+    sinks,  # (q_heads,)
+    out,  # (batch, q_heads, q_len, HEAD_DIM)
+    lse,  # (batch, q_heads, q_len) fp32
+    cu_seqlens,  # (documents + 1,) int32
+    padding,  # (batch, kv_len) bool
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    q_heads,
+    q_len,
+    kv_len,
+    window,
+    documents,
+    search_steps,
+    qk_scale,  # scale * log2(e)
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # Heads vary fastest, so that a kv group's heads share K and V in L2; the last rows, the longest, start first.
+    batch = (tl.program_id(0) // q_heads).to(tl.int64)
+    head = (tl.program_id(0) % q_heads).to(tl.int64)
+    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
+    first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
+    begin, full_begin, full_end, end = split_keys(position, first, kv_len, BLOCK_N)
+
+    row = offs_m.to(tl.int64)[:, None]
+    stored = (offs_m[:, None] < q_len) & (offs_d[None, :] < HEAD_DIM)
+    q_tile = tl.load(q + batch * stride_qb + head * stride_qh + row * stride_qm + offs_d[None, :], stored, other=0.0)
+    k_ptrs = k + batch * stride_kb + head // GROUP * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None]
+    v_ptrs = v + batch * stride_vb + head // GROUP * stride_vh + offs_n[:, None] * stride_vn + offs_d[None, :]
+    if PADDED:
+        padding += batch * kv_len
+
+    # The sink is key -1, with score z and no value: the state after it is max = z, sum = 1, acc = 0.
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    running_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
+    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_SINKS:
+        z = tl.load(sinks + head).to(tl.float32) * LOG2E
+        running_max = tl.maximum(running_max, z)
+        running_sum = tl.exp2(z - running_max)
+
+    if SPLIT:
+        if HAS_WINDOW or PACKED:
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, begin,
+                tl.minimum(full_begin, end), kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D,
+                PADDED, True,
+            )  # fmt: skip
+        acc, running_max, running_sum = attend(
+            acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, full_begin,
+            full_end, kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, False,
+        )  # fmt: skip
+        begin = full_end
+    acc, running_max, running_sum = attend(
+        acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, begin,
+        end, kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
+    )  # fmt: skip
+
+    # Neither key nor sink: sum = 0, o = 0, lse = -inf.
+    empty = running_sum == 0.0
+    running_sum = tl.where(empty, 1.0, running_sum)
+    acc = acc / running_sum[:, None]
+    row_lse = tl.where(empty, float("-inf"), (running_max + tl.log2(running_sum)) * LN2)
+    out_ptrs = out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :]
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + (batch * q_heads + head) * q_len + offs_m, row_lse, mask=offs_m < q_len)
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    interpreted: bool,
+) -> None:
+    """Fill out (batch, q_heads, q_len, head_dim), any strides, and lse (batch, q_heads, q_len) fp32 contiguous."""
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def launch(tile):
+        forward_kernel[(batch * q_heads, triton.cdiv(q_len, tile.block_m))](
+            q, k, v, sinks, out, lse, cu_seqlens, padding,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            q_heads, q_len, kv_len, window or 0, documents, documents.bit_length(), scale * LOG2E.value,
+            GROUP=q_heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_D=triton.next_power_of_2(head_dim), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
+            PACKED=cu_seqlens is not None, PADDED=padding is not None, SPLIT=splits(window),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    launch(tiles.select("forward", q, not splits(window), interpreted, launch))
