@@ -1,0 +1,53 @@
+"""What one `pytest` command runs, by what the machine has: workers, notebooks, Triton's interpreter, the GPU lane."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when kernels are decorated, so it must stand before any test module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from gptoss_kernels.course.env import interpreter_problem
+
+
+def _gpu_lane(config: pytest.Config) -> bool:
+    expression = config.option.markexpr
+    return "gpu" in expression and "not gpu" not in expression
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    # Set here and not in addopts: there, a machine without xdist could not run pytest at all.
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    if not worker and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = 0 if _gpu_lane(config) else min(4, os.cpu_count() or 1)
+        if config.option.dist == "no":
+            config.option.dist = "worksteal"  # tests differ much in length; neighbours stay together for fixtures
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and (problem := interpreter_problem()):
+        raise pytest.UsageError(problem)
+    if config.pluginmanager.hasplugin("nbmake") and not _gpu_lane(config):
+        config.option.nbmake = True
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
+        torch.set_num_threads(threads)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"kernels: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreter on the CPU'}"]
+    if not config.pluginmanager.hasplugin("nbmake"):
+        lines.append("notebooks are not run: nbmake is not installed")
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

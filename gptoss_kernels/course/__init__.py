@@ -1,0 +1,1 @@
+"""What the notebooks import beside the package itself: set-up, exercises' checks, plots."""

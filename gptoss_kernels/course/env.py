@@ -1,0 +1,124 @@
+"""The first cell of every notebook: chooses GPU or CPU interpreter for this process, seeds, and says what is there."""
+
+import importlib.metadata
+import os
+import platform
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from ..attention.api import interpreting, triton_available
+
+LANES = {
+    "gpu": "Triton kernels, compiled for this GPU",
+    "interpreter": "Triton kernels in Triton's interpreter on the CPU: the same numbers, slowly, so sizes are small",
+    "reference": "plain PyTorch on the CPU, since Triton is not installed",
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What `setup` found and chose.
+
+    lane: "gpu", "interpreter" or "reference"; device and dtype: where and in what the notebook computes;
+    name: the device's; memory_gib: its memory (None where the system does not say).
+    """
+
+    lane: str
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+    memory_gib: float | None
+
+    def pick(self, *, cpu: Any, gpu: Any) -> Any:
+        """`gpu` on a GPU, otherwise `cpu`: for sizes that a CPU cannot afford."""
+        return gpu if self.lane == "gpu" else cpu
+
+
+def setup(seed: int = 0) -> Environment:
+    """Prints versions, device and lane, seeds Python and torch, and returns the `Environment`.
+
+    Without a GPU that the kernels run on (compute capability 7.5 or newer) it sets TRITON_INTERPRET=1, which counts
+    only if Triton has not been loaded yet: call it before other imports.
+
+    Raises:
+        RuntimeError: Triton was loaded before in the other mode, or this Triton's interpreter and numpy do not fit.
+    """
+    lane = _choose_lane()
+    if lane != "reference":
+        loaded, wanted = triton_mode(), "interpreter" if lane == "interpreter" else "compiler"
+        if loaded not in (None, wanted):
+            raise RuntimeError(
+                f"setup: expected Triton to be loaded in {wanted} mode on this machine, got {loaded} mode, in which it "
+                "was loaded before this call; restart the kernel and run this cell before any other import"
+            )
+    if lane == "interpreter":
+        if problem := interpreter_problem():
+            raise RuntimeError(f"setup: {problem}")
+        os.environ["TRITON_INTERPRET"] = "1"
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+    environment = _describe(lane)
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]  # with its CUDA build
+    versions += [f"{name} {_version(name) or 'missing'}" for name in ("triton", "transformers", "numpy")]
+    memory = "" if environment.memory_gib is None else f", {environment.memory_gib:.0f} GiB"
+    print(" · ".join(versions))
+    print(f"device  {environment.name}{memory}")
+    print(f"lane    {LANES[lane]}")
+    print(f"dtype   {environment.dtype}, seed {seed}")
+    return environment
+
+
+def triton_mode() -> str | None:
+    """How this process loaded Triton: "interpreter" or "compiler"; None if it has not been loaded yet."""
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return None
+    # Triton decorates its own library (`sum`, `cdiv`, …) on import, in the mode that the process then keeps.
+    return "interpreter" if type(language.sum).__name__ == "InterpretedFunction" else "compiler"
+
+
+def interpreter_problem(triton: str | None = None, numpy: str | None = None) -> str | None:
+    """Why Triton's interpreter would fail with these versions (default: the installed ones), with the remedy."""
+    triton, numpy = triton or _version("triton"), numpy or _version("numpy")
+    if triton and numpy and Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
+        return (
+            f"Triton's interpreter: expected numpy < 2.4 with Triton {triton}, or a newer Triton; got numpy {numpy}, "
+            'with which its loops fail. Remedy: pip install "numpy<2.4"'
+        )
+    return None
+
+
+def _choose_lane() -> str:
+    if not triton_available():
+        return "reference"
+    if torch.cuda.is_available() and not interpreting() and torch.cuda.get_device_capability() >= (7, 5):
+        return "gpu"
+    return "interpreter"
+
+
+def _describe(lane: str) -> Environment:
+    if lane == "gpu":
+        properties = torch.cuda.get_device_properties(0)
+        # Turing (7.5) has no bfloat16 matrix units.
+        dtype = torch.bfloat16 if properties.major >= 8 else torch.float16
+        name = f"{properties.name} (compute capability {properties.major}.{properties.minor})"
+        return Environment(lane, torch.device("cuda"), dtype, name, properties.total_memory / 2**30)
+    try:
+        memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        memory_gib = None
+    name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    return Environment(lane, torch.device("cpu"), torch.float32, name, memory_gib)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
