@@ -1,0 +1,37 @@
+"""Ask a finetuned model.
+
+  python generate.py --model PATH_OR_NAME [--adapter PATH] --prompt TEXT
+"""
+
+import argparse
+import sys
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="a folder that sft.py wrote, or a name on the Hub")
+    parser.add_argument("--adapter", help="a folder with a LoRA adapter for the model")
+    parser.add_argument("--prompt", required=True, help="the user's message")
+    parser.add_argument("--system", help="instructions that come before it")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest reply (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (the default)")
+    parser.add_argument("--reasoning_effort", choices=["low", "medium", "high"], default="medium")
+    parser.add_argument("--conversation_date", default="2025-06-28", help="default: %(default)s, as in training")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
+    parser.add_argument("--attn_implementation", default="gptoss_triton", help="default: %(default)s")
+    args = parser.parse_args()
+
+    # Imported here, so that --help need not wait for them.
+    from gptoss_kernels.finetune.errors import SetupError
+    from gptoss_kernels.finetune.sample import stream
+
+    try:
+        stream(**vars(args))
+    except SetupError as error:
+        sys.exit(f"generate.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

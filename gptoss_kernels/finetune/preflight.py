@@ -1,0 +1,143 @@
+"""What can be known to be wrong before anything is loaded, each as one clear error."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+
+from .config import Arguments, TrainingArguments
+from .errors import SetupError
+
+# Values of `optim` that need a package of their own, by a part of their name.
+OPTIMIZER_PACKAGES = {"bnb": "bitsandbytes", "8bit": "bitsandbytes", "paged": "bitsandbytes", "torchao": "torchao"}
+
+
+def check_settings(arguments: Arguments) -> None:
+    """Raises SetupError for settings that contradict each other or need a package that is not there."""
+    model, training = arguments.model, arguments.training
+    if model.model_name_or_path is None:
+        raise SetupError("model_name_or_path: expected a name or a folder, got nothing")
+    if model.load_in_8bit or model.load_in_4bit:
+        raise SetupError(
+            "load_in_8bit, load_in_4bit: not for gpt-oss, whose experts are no Linear layers and would stay as they are"
+        )
+    if training.packing and training.packing_strategy == "wrapped":
+        raise SetupError(
+            "packing_strategy: 'wrapped' joins documents without keeping their boundaries, so that they would attend "
+            "to each other; use 'bfd' or 'bfd_split'"
+        )
+    # TRL takes any attention here, and Transformers' gpt-oss attends across packed documents under eager and flex.
+    exact = model.attn_implementation == "gptoss_triton" or "flash" in model.attn_implementation
+    if (training.packing or training.eval_packing or training.padding_free) and not exact:
+        raise SetupError(
+            f"attn_implementation: {model.attn_implementation!r} lets packed documents attend to each other; use "
+            "'gptoss_triton', or set packing, eval_packing and padding_free to false"
+        )
+    for tracker in training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    for part, package in OPTIMIZER_PACKAGES.items():
+        if part in optimizer and importlib.util.find_spec(package) is None:
+            raise SetupError(f"optim: {optimizer} needs {package}, which is not installed")
+
+
+def check_processes(wanted: int | None, running: int, gpus: int) -> None:
+    """Raises SetupError where a distributed configuration did not take effect.
+
+    Args:
+        wanted: processes that the configuration is for; None: any number.
+        running: processes that run.
+        gpus: GPUs that each of them sees.
+    """
+    if wanted is not None and wanted != running:
+        raise SetupError(
+            f"num_processes: this configuration is for {wanted}, and {running} is running; start it with `accelerate "
+            f"launch --config_file configs/zero3.yaml --num_processes {wanted} sft.py ...`, or set --num_processes "
+            f"{running} if that is meant"
+        )
+    if running == 1 and gpus > 1:
+        raise SetupError(
+            f"one process sees {gpus} GPUs and would use them badly: choose one with CUDA_VISIBLE_DEVICES=0, or start "
+            f"one process a GPU with `accelerate launch --num_processes {gpus} sft.py ...`"
+        )
+
+
+def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """The checkpoint to go on from, or None to start; nothing that an earlier run left is lost without being told to.
+
+    Args:
+        output_dir: the run's folder.
+        resume: "true" for the last complete checkpoint in output_dir, a checkpoint's folder, or "false" or None.
+        overwrite: delete the checkpoints of an earlier run.
+
+    Raises:
+        SetupError: there is nothing to resume from; or an earlier run is there, and neither was asked for.
+    """
+    output = Path(output_dir)
+    checkpoints = sorted(
+        (p for p in output.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
+        key=lambda p: int(p.name.rpartition("-")[2]),
+    )
+    wanted = (resume or "false").lower()
+    if wanted == "true":
+        # trainer_state.json is written last: without it, the run was cut off while it saved.
+        complete = [p for p in checkpoints if (p / "trainer_state.json").is_file()]
+        if not complete:
+            raise SetupError(f"resume_from_checkpoint: {output_dir} holds no complete checkpoint")
+        return str(complete[-1])
+    if wanted != "false":
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise SetupError(f"resume_from_checkpoint: {resume} is no complete checkpoint (no trainer_state.json)")
+        return resume
+    results = [*checkpoints, *output.glob("*.safetensors")]
+    if results and not overwrite:
+        raise SetupError(
+            f"output_dir: {output_dir} holds an earlier run ({', '.join(p.name for p in results[-3:])}); go on with it "
+            "by --resume_from_checkpoint true, choose another --output_dir, or start anew with --overwrite true"
+        )
+    if results:
+        print(f"overwrite: the earlier run in {output_dir} is replaced")
+    for path in checkpoints:
+        shutil.rmtree(path)
+    return None
+
+
+def is_sharded(training: TrainingArguments) -> bool:
+    """Whether the weights will be spread over the processes."""
+    zero3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+    return zero3 or training.distributed_state.distributed_type.value == "FSDP"
+
+
+def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
+    """Bytes that the optimizer keeps per trained parameter, at the least."""
+    name = str(getattr(training.optim, "value", training.optim))
+    if "adam" not in name:
+        return 0
+    if training.deepspeed_plugin is not None:
+        return 12  # DeepSpeed's mixed precision: fp32 weights and both moments
+    return 2 if "8bit" in name else 2 * dtype.itemsize
+
+
+def memory_floor(parameters: int, trainable: int, parameter_bytes: int, state_bytes: int, processes: int = 1) -> int:
+    """Bytes a GPU needs at the very least: weights, gradients and optimizer states, no activation counted.
+
+    Args:
+        parameters: number of parameters of the model.
+        trainable: number of trained ones (adapters included).
+        parameter_bytes: bytes of a parameter, and of its gradient.
+        state_bytes: bytes that the optimizer keeps per trained parameter.
+        processes: over how many GPUs all of it is spread (ZeRO-3, FSDP).
+    """
+    total = parameters * parameter_bytes + trainable * (parameter_bytes + state_bytes)
+    return -(-total // processes)
+
+
+def check_memory(needed: int, free: int, advice: str) -> None:
+    """Raises SetupError where `needed` bytes are more than `free` ones."""
+    if needed > free:
+        raise SetupError(
+            f"the GPU is too small: weights, gradients and optimizer states need at least {needed / 2**30:.1f} GiB "
+            f"before any activation, and {free / 2**30:.1f} GiB are free; {advice}"
+        )

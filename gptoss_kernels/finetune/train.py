@@ -1,0 +1,232 @@
+"""A finetuning run from its settings to the saved result."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTTrainer, get_peft_config
+
+from gptoss_kernels.attention.api import default_backend
+
+from .config import Arguments
+from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, bigram_entropy, load_splits, load_tokenizer
+from .errors import SetupError
+from .model import build_random, count_parameters, load_checkpoint, load_config
+from .preflight import (
+    check_memory,
+    check_processes,
+    check_settings,
+    find_checkpoint,
+    is_sharded,
+    memory_floor,
+    optimizer_state_bytes,
+)
+from .report import Speed, plot_loss, write_log
+from .sample import reply
+
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+@dataclass
+class Result:
+    """Losses in nats per held-out token; None where there is no held-out split or nothing was measured."""
+
+    first_loss: float | None
+    last_loss: float | None
+    bigram: float | None
+    tokens_per_second: float
+    peak_memory: int
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer whose held-out loss is the mean over tokens; averaging over batches would weigh a short last one up."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            loss = output[0] if return_outputs else output
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            self._held_out = self._held_out + torch.stack([loss.detach().double() * tokens, tokens.double()])
+        return output
+
+    def evaluate(self, *args, **kwargs):
+        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if "eval_loss" in logs:
+            loss, tokens = self.accelerator.reduce(self._held_out, "sum").tolist()
+            logs["eval_loss"] = loss / tokens
+        super().log(logs, start_time)
+
+
+def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Result:
+    """Trains, and writes the model, its tokenizer, `log.jsonl` and `loss.png` to output_dir.
+
+    Args:
+        arguments: from `config.parse`.
+        callbacks: more of them, for the trainer.
+
+    Raises:
+        SetupError: whatever can be known to be wrong before the first step.
+    """
+    model_args, data_args, run_args, training = arguments.model, arguments.data, arguments.run, arguments.training
+    check_settings(arguments)
+    check_processes(run_args.num_processes, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count())
+    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, run_args.overwrite)
+    main = training.process_index == 0
+    say = print if main else lambda *_, **__: None
+
+    random = model_args.model_init == "random"
+    if random:
+        use_shipped(arguments, say)
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(
+        model_args.tokenizer_name or model_args.model_name_or_path,
+        conversation_date=data_args.conversation_date,
+        assistant_only_loss=training.assistant_only_loss,
+        revision="main" if model_args.tokenizer_name else model_args.model_revision,
+    )
+    held_out = training.eval_strategy != "no" or training.eval_on_start
+    train_data, test_data = load_splits(data_args, held_out=held_out, seed=training.seed)
+    model = make_model(arguments, tokenizer)
+
+    # What Trainer counts as tokens: padding excluded, whatever the collator.
+    training.include_num_input_tokens_seen = "non_padding"
+    training.model_init_kwargs = None  # make_model has used them
+    speed = Speed()
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=test_data,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[speed, *callbacks],
+    )
+    queries = torch.empty(0, device=training.device, dtype=torch.bfloat16 if training.bf16 else model.dtype)
+    attention = f"attention {model_args.attn_implementation}"
+    if model_args.attn_implementation == "gptoss_triton":
+        attention += f" (backend {default_backend(queries)})"
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters, {trained:,} trained")
+    say(f"{attention}, {queries.dtype}, on {training.device}")
+    rows = len(trainer.train_dataset)
+    say(f"data: {data_args.dataset_name}, {len(train_data):,} conversations in {rows:,} rows")
+    bigram = bigram_entropy(trainer.train_dataset, trainer.eval_dataset) if test_data else None
+
+    def sample(when: str) -> None:
+        if run_args.sample_prompt and main:
+            text = reply(
+                trainer.accelerator.unwrap_model(trainer.model),
+                tokenizer,
+                run_args.sample_prompt,
+                system=run_args.sample_system,
+                max_new_tokens=run_args.sample_tokens,
+                reasoning_effort=data_args.reasoning_effort,
+                conversation_date=data_args.conversation_date,
+            )
+            say(f"\nsample {when} training\n  prompt: {run_args.sample_prompt}\n  reply:  {text}\n")
+
+    sample("before")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = trainer.state.log_history
+    steps_evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
+    if test_data and trainer.state.global_step not in steps_evaluated:
+        trainer.evaluate()
+    trainer.save_model(training.output_dir)
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    started = training.eval_on_start and evaluations
+    result = Result(
+        first_loss=evaluations[0] if started else None,
+        last_loss=evaluations[-1] if evaluations else None,
+        bigram=bigram,
+        tokens_per_second=speed.tokens_per_second(),
+        peak_memory=speed.peak_memory(),
+    )
+    if main:
+        output = Path(training.output_dir)
+        write_log(history, output / "log.jsonl")
+        plot_loss(history, output / "loss.png", bigram=bigram)
+    sample("after")
+    summarize(result, training.output_dir, attention, say)
+    return result
+
+
+def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The run's model, on the device where it will be trained unless ZeRO-3 or FSDP will spread it.
+
+    Raises:
+        SetupError: the model is no gpt-oss, it does not fit the tokenizer, the data or the GPU, or cannot be read.
+    """
+    args, training = arguments.model, arguments.training
+    random = args.model_init == "random"
+    name = args.model_name_or_path
+    config = load_config(name, random=random, revision=args.model_revision)
+    if config.model_type != "gpt_oss":
+        raise SetupError(f"model_name_or_path: expected a gpt_oss model, {name} is a {config.model_type}")
+    if len(tokenizer) > config.vocab_size:
+        raise SetupError(
+            f"tokenizer_name: {len(tokenizer)} tokens do not fit the model's vocabulary of {config.vocab_size}"
+        )
+    if (training.max_length or 0) > config.max_position_embeddings:
+        raise SetupError(f"max_length: {name} knows {config.max_position_embeddings} positions, got {training.max_length}")
+    sharded = is_sharded(training)
+    if random and sharded:
+        raise SetupError("model_init: random weights are made on one GPU; ZeRO-3 and FSDP need a checkpoint")
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else getattr(config, "dtype", None) or torch.bfloat16
+    if training.device.type == "cuda":
+        parameters = count_parameters(config)
+        check_memory(
+            memory_floor(
+                parameters,
+                0 if args.use_peft else parameters,
+                dtype.itemsize,
+                optimizer_state_bytes(training, dtype),
+                training.world_size if sharded else 1,
+            ),
+            torch.cuda.mem_get_info(training.device)[0],
+            "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft)",
+        )
+    implementations = {"attn_implementation": args.attn_implementation}
+    if args.experts_implementation is not None:
+        implementations["experts_implementation"] = args.experts_implementation
+    if random:
+        for token in ("bos", "eos", "pad"):
+            setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+        return build_random(config, training.device, dtype, training.seed, **implementations)
+    return load_checkpoint(
+        name,
+        config,
+        dtype=args.dtype if args.dtype == "auto" else dtype,
+        revision=args.model_revision,
+        device_map={"": training.device} if training.device.type == "cuda" and not sharded else None,
+        **implementations,
+        **(training.model_init_kwargs or {}),
+    )
+
+
+def use_shipped(arguments: Arguments, say) -> None:
+    """Random weights know no language: give them the small tokenizer and data set that need no download."""
+    given, model, data = arguments.on_command_line, arguments.model, arguments.data
+    if model.tokenizer_name is None:
+        model.tokenizer_name = SHIPPED_TOKENIZER
+        say(f"model_init=random: tokenizer {SHIPPED_TOKENIZER} (--tokenizer_name chooses another)")
+    # A file that asks for random weights chose its data for them; here the command line asked, and the file did not.
+    if "model_init" in given and "dataset_name" not in given and data.dataset_name != SHIPPED_DATA:
+        say(f"model_init=random: data set {SHIPPED_DATA} instead of {data.dataset_name} (--dataset_name keeps it)")
+        data.dataset_name, data.dataset_config, data.test_split_size = SHIPPED_DATA, None, None
+        data.dataset_train_split, data.dataset_test_split = "train", "test"
+
+
+def summarize(result: Result, output_dir: str, attention: str, say) -> None:
+    unit = "nats per token"
+    if result.last_loss is not None:
+        start = "" if result.first_loss is None else f"{result.first_loss:.4f} at the start, "
+        say(f"held-out loss: {start}{result.last_loss:.4f} at the end ({unit})")
+        say(f"held-out bigram entropy: {result.bigram:.4f} ({unit}, Witten-Bell smoothing, same tokens)")
+        if result.last_loss >= result.bigram:
+            say("WARNING: the held-out loss did not get below the bigram entropy: train longer, or look at the data")
+    say(f"speed: {result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_memory / 2**30:.2f} GiB, {attention}")
+    say(f"saved: {output_dir} (model, tokenizer, loss.png, log.jsonl)")

@@ -1,0 +1,54 @@
+"""Finetune gpt-oss.
+
+  python sft.py --config FILE [--key value ...]      any key of the file can be overridden, --key=value works too
+  accelerate launch --config_file configs/zero3.yaml sft.py --config configs/sft_full.yaml
+
+Configurations
+  configs/sft_tiny.yaml   a small model on shipped data, minutes on a laptop, no download
+  configs/sft_lora.yaml   adapters on the attention of openai/gpt-oss-20b, one GPU
+  configs/sft_full.yaml   all weights of openai/gpt-oss-20b, eight GPUs
+
+Keys that are asked for most
+  --model_name_or_path NAME    openai/gpt-oss-20b, openai/gpt-oss-120b or a folder
+  --model_init random          real shapes without a checkpoint, to measure speed and memory
+  --dataset_name NAME          a .jsonl file, a folder with train.jsonl and test.jsonl, or a name on the Hub
+  --output_dir DIR             where the result goes
+  --max_length N               tokens in a packed row
+  --max_steps N                stop after N optimizer steps
+  --learning_rate X, --num_train_epochs X, --per_device_train_batch_size N, --gradient_accumulation_steps N
+  --resume_from_checkpoint true    go on with the interrupted run in output_dir
+  --overwrite true                 start anew in an output_dir that holds an earlier run
+  --router_aux_loss_coef X         load-balancing loss of the router, off by default
+  --report_to none                 no experiment tracker
+
+  --help_all lists every key. An unknown or misspelt key is an error.
+"""
+
+import sys
+import warnings
+
+
+def main() -> None:
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        return
+    # Transformers renamed gradient_checkpointing in 5.23 and warns about TRL's default; the old name works in all.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    # Imported here, so that --help need not wait for them.
+    from gptoss_kernels.finetune.config import help_text, parse
+    from gptoss_kernels.finetune.errors import SetupError
+
+    if "--help_all" in sys.argv[1:]:
+        print(help_text())
+        return
+    arguments = parse(sys.argv[1:])
+    from gptoss_kernels.finetune.train import run
+
+    try:
+        run(arguments)
+    except SetupError as error:
+        sys.exit(f"sft.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
