@@ -95,13 +95,10 @@ def accumulate_dkdv(
     do_ptrs += begin.to(tl.int64) * stride_dm
     for start_m in range(begin, end, BLOCK_M):
         row = start_m + offs_m  # [BLOCK_M]
-        q_tile = load_tile(q_ptrs, offs_d[None, :] < HEAD_DIM, row[:, None] < q_len, HEAD_DIM, BLOCK_D, MASKED)
-        if MASKED:
-            row_lse = tl.load(lse + row, mask=row < q_len, other=0.0)
-            row_delta = tl.load(delta + row, mask=row < q_len, other=0.0)
-        else:
-            row_lse = tl.load(lse + row)
-            row_delta = tl.load(delta + row)
+        in_range = row < q_len
+        q_tile = load_tile(q_ptrs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, True)
+        row_lse = tl.load(lse + row, mask=in_range, other=float("inf"))  # exp2(-inf) = 0: rows past the end add nothing
+        row_delta = tl.load(delta + row, mask=in_range, other=0.0)
         if PADDED:  # a row that sees nothing has lse = -inf
             row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -111,7 +108,7 @@ def accumulate_dkdv(
             p = tl.where(allowed, p, 0.0)
         if PADDED:
             p = tl.where(real[:, None], p, 0.0)
-        do_tile = load_tile(do_ptrs, offs_d[None, :] < HEAD_DIM, row[:, None] < q_len, HEAD_DIM, BLOCK_D, MASKED)
+        do_tile = load_tile(do_ptrs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, True)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         ds = p * (dp - row_delta[None, :])
@@ -202,25 +199,29 @@ def dkdv_kernel(
         q_ptrs = q + batch * stride_qb + head * stride_qh + offs_m[:, None] * stride_qm + offs_d[None, :]
         do_ptrs = dout + batch * stride_db + head * stride_dh + offs_m[:, None] * stride_dm + offs_d[None, :]
         base = (batch * kv_heads * GROUP + head) * q_len
+        masked_end = end
         if SPLIT:
+            masked_end = tl.minimum(full_begin, end)
+        acc_dk, acc_dv = accumulate_dkdv(
+            acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
+            masked_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
+        )  # fmt: skip
+        if SPLIT:
+            # Without window and documents the last rows of the tensor are the only edge: masked loads suffice there.
+            inner_end = end
+            if HAS_WINDOW or PACKED:
+                inner_end = full_end
             acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
-                tl.minimum(full_begin, end), q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M,
-                BLOCK_D, PADDED, True,
+                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last,
+                full_begin, inner_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
+                PADDED, False,
             )  # fmt: skip
-            acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, full_begin,
-                full_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, False,
-            )  # fmt: skip
-            acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, full_end,
-                end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
-            )  # fmt: skip
-        else:
-            acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
-                end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
-            )  # fmt: skip
+            if HAS_WINDOW or PACKED:
+                acc_dk, acc_dv = accumulate_dkdv(
+                    acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last,
+                    full_end, end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
+                    PADDED, True,
+                )  # fmt: skip
 
     target = batch * stride_gb + kv_head * stride_gh + column * stride_gn + offs_d[None, :]
     tl.store(dk + target, (acc_dk * scale).to(dk.dtype.element_ty), mask=stored)

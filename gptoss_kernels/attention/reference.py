@@ -80,11 +80,15 @@ def attention_concat(
     sliding_window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with the sink as one more column of the scores, dropped after the softmax. Same contract as
-    `attention_reference`, but for a row that has neither key nor sink, whose softmax is not defined (NaN here)."""
+    `attention_reference`, but for a row that has neither key nor sink, whose softmax is not defined (NaN here).
+
+    compute_dtype: of scores and softmax; default fp32, fp64 for fp64 inputs. Half precision is what eager attention
+    does: the yardstick for a kernel's error."""
     group = q.shape[1] // k.shape[1]
-    work = q.dtype if q.dtype == torch.float64 else torch.float32
+    work = compute_dtype or (q.dtype if q.dtype == torch.float64 else torch.float32)
     k, v = (x.to(work).repeat_interleave(group, dim=1) for x in (k, v))
     scores = q.to(work) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -98,11 +102,12 @@ def attention_concat(
         mask = mask & (document[:, None] == document[None, :])
     bias = torch.zeros(q_len, kv_len, dtype=work, device=q.device).masked_fill(~mask, float("-inf"))[None, None]
     if key_padding_mask is not None:
-        bias = bias + torch.where(key_padding_mask, 0.0, float("-inf"))[:, None, None, :]
+        bias = bias + torch.where(key_padding_mask, 0.0, float("-inf"))[:, None, None, :].to(work)
 
+    lse_dtype = torch.float64 if work == torch.float64 else torch.float32
     logits = scores + bias
     if sinks is not None:
         column = sinks.to(work).reshape(1, -1, 1, 1).expand(logits.shape[0], -1, q_len, 1)
         logits = torch.cat([logits, column], dim=-1)
     out = torch.softmax(logits, dim=-1)[..., :kv_len] @ v
-    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), torch.logsumexp(logits, dim=-1)
+    return out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), torch.logsumexp(logits, dim=-1).to(lse_dtype)

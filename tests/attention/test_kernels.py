@@ -1,0 +1,207 @@
+"""The Triton kernels against fp64, in the interpreter or, where there is a GPU, compiled."""
+
+import pytest
+import torch
+
+from gptoss_kernels import flash_attention
+from gptoss_kernels.attention.reference import attention_concat
+from gptoss_kernels.testing import AttentionCase, assert_within_budget, exact_attention, fenced, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+DOCUMENTS = (1, 10, 33, 1, 25)
+
+# Lengths just past a tile's edge, every head_dim and dtype, each mask alone and with a window, decoding.
+CASES = [
+    AttentionCase(q_len=1),
+    AttentionCase(q_len=1, sinks=False),
+    AttentionCase(q_len=64),
+    AttentionCase(q_len=70, sinks=False, batch=2),
+    AttentionCase(q_len=33, head_dim=32, q_heads=8, kv_heads=1),
+    AttentionCase(q_len=33, head_dim=64, q_heads=2, kv_heads=2, window=8),
+    AttentionCase(q_len=33, head_dim=96, q_heads=3, kv_heads=1),
+    AttentionCase(q_len=33, head_dim=128, q_heads=2, kv_heads=1, window=16),
+    AttentionCase(window=1),
+    AttentionCase(window=33),
+    AttentionCase(window=1000),
+    AttentionCase(documents=DOCUMENTS),
+    AttentionCase(documents=DOCUMENTS, window=9),
+    AttentionCase(documents=DOCUMENTS, window=600, sinks=False),
+    AttentionCase(documents=(40,), q_len=40),
+    AttentionCase(documents=(1,) * 12, q_len=12),
+    AttentionCase(batch=2, padding="left"),
+    AttentionCase(batch=2, padding="left", sinks=False, window=20),
+    AttentionCase(batch=2, padding="right", window=20),
+    AttentionCase(q_len=1, kv_len=71, batch=2),
+    AttentionCase(q_len=1, kv_len=71, window=20, batch=2, padding="left"),
+    AttentionCase(q_len=37, kv_len=71),
+    AttentionCase(q_len=5, kv_len=71, window=20),
+    AttentionCase(dtype=torch.float16),
+    AttentionCase(dtype=torch.float16, documents=DOCUMENTS, window=9),
+    AttentionCase(dtype=torch.float16, head_dim=96, q_len=33),
+]
+
+
+def run(case, inputs, keywords, grads, function=flash_attention, **options):
+    """[out, lse, gradients] of flash_attention or a definition. Rows that see nothing get no gradient of lse."""
+    if function is flash_attention:
+        options |= {"return_lse": True, "backend": "triton"}
+    out, lse = function(*inputs, **keywords, **options)
+    grad_lse = torch.where(lse.detach() > float("-inf"), grads[1], 0.0).to(lse.dtype)
+    return [out, lse, *torch.autograd.grad((out, lse), inputs, (grads[0].to(out.dtype), grad_lse))]
+
+
+def grads_of(case, device=DEVICE):
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (case.batch, case.q_len, case.q_heads, case.head_dim)
+    grad_out = torch.randn(shape, device=device, generator=generator).to(case.dtype).transpose(1, 2)
+    return grad_out, torch.randn(grad_out.shape[:3], device=device, generator=generator)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_error_budget(case):
+    inputs, keywords = case.inputs(DEVICE)
+    grads = grads_of(case)
+    actual = run(case, inputs, keywords, grads)
+    eager = run(case, inputs, keywords, grads, attention_concat, compute_dtype=case.dtype)
+    exact = exact_attention(inputs, *grads, **keywords)
+    for name, a, e, x in zip(NAMES, actual, eager, exact, strict=False):
+        if name == "dsinks":
+            assert relative_error(a, x) <= (1e-4 if case.dtype == torch.float32 else 1e-2)
+        else:
+            assert_within_budget(name, a, e, x)
+
+
+def test_budget_notices_a_wrong_window():
+    # The check above has teeth: a window that keeps one key more is far over the budget.
+    case = AttentionCase(window=20)
+    inputs, keywords = case.inputs(DEVICE)
+    grads = grads_of(case)
+    exact = exact_attention(inputs, *grads, **keywords)
+    wrong = run(case, inputs, {"sliding_window": 21}, grads)
+    with pytest.raises(AssertionError, match="over the budget"):
+        assert_within_budget("out", wrong[0], exact[0].to(case.dtype), exact[0])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [AttentionCase(), AttentionCase(documents=DOCUMENTS, window=9), AttentionCase(batch=2, padding="right")],
+    ids=str,
+)
+def test_reads_nothing_beside_its_inputs(case):
+    inputs, keywords = case.inputs(DEVICE)
+    grads = grads_of(case)
+    plain = run(case, inputs, keywords, grads)
+    inputs = [fenced(x).requires_grad_() if x.dim() == 4 else x for x in inputs]
+    for a, b in zip(plain, run(case, inputs, keywords, grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", [AttentionCase(head_dim=96, q_len=37), AttentionCase(window=9)], ids=str)
+def test_writes_nothing_beside_its_outputs_and_leaves_no_gap(case):
+    from gptoss_kernels.attention.autograd import INTERPRETED
+    from gptoss_kernels.attention.backward import launch_backward
+    from gptoss_kernels.attention.forward import launch_forward
+
+    inputs, _ = case.inputs(DEVICE)
+    q, k, v, sinks = [x.detach() for x in inputs]
+    grad_out, _ = grads_of(case)
+    sentinel = -777.0
+    out, dq, dk, dv = (fenced(torch.full_like(x, sentinel), sentinel) for x in (q, q, k, v))
+    lse = torch.full(q.shape[:3], sentinel, device=DEVICE)
+    common = (case.head_dim**-0.5, case.window, None, None, INTERPRETED)
+    launch_forward(q, k, v, sinks, out, lse, *common)
+    launch_backward(grad_out, None, q, k, v, sinks, out, lse, dq, dk, dv, *common)
+    for x in (out, dq, dk, dv):
+        assert not (x == sentinel).any(), "an element was not written"
+        buffer = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        assert (buffer == sentinel).sum() == buffer.numel() - x.numel(), "an element beside the output was written"
+
+
+def test_strided_inputs_are_read_in_place():
+    # One fused (batch, length, q + k + v heads, head_dim) projection, and the same values contiguous.
+    fused = torch.randn(2, 40, 8, 16, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)).transpose(1, 2)
+    q, k, v = fused.split([4, 2, 2], dim=1)
+    views = flash_attention(q, k, v, backend="triton")
+    copies = flash_attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="triton")
+    assert torch.equal(views, copies)
+    last_stride_two = torch.randn(1, 2, 40, 32, device=DEVICE)[..., ::2]
+    expected = flash_attention(*[last_stride_two.contiguous()] * 3, backend="triton")
+    assert torch.equal(flash_attention(*[last_stride_two] * 3, backend="triton"), expected)
+
+
+def test_expanded_gradient():
+    # .sum() hands back a gradient whose strides are all 0.
+    inputs, _ = AttentionCase(q_len=20).inputs(DEVICE)
+    expanded = torch.autograd.grad(flash_attention(*inputs, backend="triton").sum(), inputs)
+    out = flash_attention(*inputs, backend="triton")
+    for a, b in zip(expanded, torch.autograd.grad(out, inputs, torch.ones_like(out)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lse_alone_is_differentiable():
+    case = AttentionCase(q_len=20)
+    inputs, _ = case.inputs(DEVICE)
+    grad_lse = grads_of(case)[1]
+    _, lse = flash_attention(*inputs, backend="triton", return_lse=True)
+    actual = torch.autograd.grad(lse, inputs, grad_lse, materialize_grads=True)
+    exact = exact_attention(inputs, torch.zeros_like(inputs[0]), grad_lse)[2:]
+    for a, x in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, x.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_keep_their_own_dtype():
+    inputs, _ = AttentionCase(q_len=20, dtype=torch.float16).inputs(DEVICE)
+    sinks = inputs[3].detach().float().requires_grad_()
+    out = flash_attention(*inputs[:3], sinks, backend="triton")
+    assert out.dtype == torch.float16
+    assert torch.autograd.grad(out.float().sum(), sinks)[0].dtype == torch.float32
+
+
+def test_sink_of_minus_infinity_is_no_sink():
+    inputs, _ = AttentionCase(q_len=20, sinks=False).inputs(DEVICE)
+    sinks = torch.full((4,), float("-inf"), device=DEVICE, requires_grad=True)
+    out = flash_attention(*inputs, sinks, backend="triton")
+    assert torch.equal(out, flash_attention(*inputs, backend="triton"))
+    assert (torch.autograd.grad(out.sum(), sinks)[0] == 0).all()
+
+
+def test_large_scores_do_not_overflow():
+    case = AttentionCase(q_len=20)
+    inputs, keywords = case.inputs(DEVICE)
+    inputs = [(x.detach() * scale).requires_grad_() for x, scale in zip(inputs, (100, 100, 1, 100), strict=True)]
+    grads = grads_of(case)
+    eager = run(case, inputs, keywords, grads, attention_concat)
+    exact = exact_attention(inputs, *grads, **keywords)
+    for name, a, e, x in zip(NAMES, run(case, inputs, keywords, grads), eager, exact, strict=True):
+        assert_within_budget(name, a, e, x)
+
+
+@pytest.mark.parametrize("case", [AttentionCase(), AttentionCase(documents=DOCUMENTS, window=9)], ids=str)
+def test_two_backward_passes_are_bitwise_equal(case):
+    inputs, keywords = case.inputs(DEVICE)
+    grads = grads_of(case)
+    for a, b in zip(run(case, inputs, keywords, grads), run(case, inputs, keywords, grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_documents_packed_equal_documents_alone(window):
+    case = AttentionCase(documents=DOCUMENTS, window=window)
+    inputs, keywords = case.inputs(DEVICE)
+    packed = flash_attention(*inputs, **keywords, backend="triton")
+    q, k, v, sinks = inputs
+    start = 0
+    for length in DOCUMENTS:
+        own = slice(start, start + length)
+        alone = flash_attention(
+            q[:, :, own], k[:, :, own], v[:, :, own], sinks, sliding_window=window, backend="triton"
+        )
+        torch.testing.assert_close(packed[:, :, own], alone, rtol=1e-6, atol=1e-6)
+        start += length
+
+
+def test_result_merges_heads_without_a_copy():
+    inputs, _ = AttentionCase(batch=2, q_len=20).inputs(DEVICE)
+    out = flash_attention(*inputs, backend="triton")
+    assert out.transpose(1, 2).reshape(2, 20, -1).data_ptr() == out.data_ptr()
