@@ -1,6 +1,14 @@
 """Exact, fast Triton kernels for finetuning gpt-oss, plugged into Hugging Face Transformers."""
 
 from .attention.api import flash_attention
+from .integrations.transformers import (
+    patch_flash_attention,
+    register_when_loaded,
+    triton_flash_attention,
+    unpatch_flash_attention,
+)
 
-__all__ = ["flash_attention"]
+register_when_loaded()  # attn_implementation="gptoss_triton"
+
+__all__ = ["flash_attention", "patch_flash_attention", "triton_flash_attention", "unpatch_flash_attention"]
 __version__ = "0.1.0"
