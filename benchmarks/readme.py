@@ -1,0 +1,88 @@
+"""Writes the README's result tables from the rows in benchmarks/results/, between their markers.
+
+python -m benchmarks.readme
+"""
+
+from pathlib import Path
+
+from benchmarks import harness
+
+ROOT = Path(__file__).parent.parent
+ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
+LABELS = {
+    "ours": "gptoss_kernels",
+    "flex": "FlexAttention",
+    "cudnn": "cuDNN (no sinks)",
+    "fa4": "FlashAttention-4",
+    "fla": "flash-linear-attention",
+    "eager": "Transformers eager",
+}
+
+
+def attention_tables(rows: list[dict[str, str]]) -> str:
+    """Markdown: one table a GPU, dtype and head shape, from the newest row of each contender, length and window.
+
+    Rows taken on a CPU are left out.
+    """
+    newest = {}
+    setting = ("gpu", "dtype", "heads", "kv_heads", "head_dim")
+    for row in rows:  # in the order of measurement: later rows replace earlier ones
+        if not row["gpu"].startswith("none"):
+            place = int(row["window"]), int(row["tokens"]), row["contender"]
+            newest.setdefault(tuple(row[key] for key in setting), {})[place] = row
+    if not newest:
+        return "No measurement has been recorded yet: `python benchmarks/attention.py` on a GPU appends its rows."
+
+    tables = []
+    for (gpu, dtype, heads, kv_heads, head_dim), cells in newest.items():
+        contenders = [name for name in LABELS if any(place[2] == name for place in cells)]
+        lines = [f"| tokens | layer | {' | '.join(LABELS[name] for name in contenders)} |"]
+        lines.append("|---" * (2 + len(contenders)) + "|")
+        for window, tokens in sorted({place[:2] for place in cells}):
+            texts = [_cell(cells.get((window, tokens, name))) for name in contenders]
+            layer = f"window {window}" if window else "full"
+            lines.append(f"| {tokens:,} | {layer} | {' | '.join(texts)} |")
+        used = list(cells.values())
+        versions = [f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers")]
+        versions += sorted({row["package"] for row in used if row["contender"] in ("fa4", "fla")})
+        head = (
+            f"{gpu}, {dtype}, {heads} query and {kv_heads} key/value heads of {head_dim}, batch 1. Milliseconds "
+            "forward / backward, and peak extra memory of the two together, in GiB."
+        )
+        foot = f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {', '.join(versions)}."
+        tables.append("\n\n".join((head, "\n".join(lines), foot)))
+    return "\n\n".join(tables)
+
+
+def update(text: str, name: str, body: str) -> str:
+    """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced by `body`.
+
+    Raises:
+        ValueError: the markers are not there just once.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"text: expected one {begin} and one {end}, got {text.count(begin)} and {text.count(end)}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def _cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    memory = f", {float(row['peak_extra_gib']):.2f}" if row["peak_extra_gib"] else ""
+    return f"{float(row['forward_ms']):.2f} / {float(row['backward_ms']):.2f}{memory}"
+
+
+def _distinct(rows: list[dict[str, str]], key: str) -> str:
+    return ", ".join(sorted({row[key] for row in rows}))
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(update(text, "attention", attention_tables(harness.read_rows(ATTENTION))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
