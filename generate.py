@@ -1,6 +1,6 @@
 """Ask a finetuned model.
 
-  python generate.py --model PATH_OR_NAME [--adapter PATH] --prompt TEXT
+python generate.py --model PATH_OR_NAME [--adapter PATH] --prompt TEXT
 """
 
 import argparse

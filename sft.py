@@ -24,6 +24,7 @@ Keys that are asked for most
   --help_all lists every key. An unknown or misspelt key is an error.
 """
 
+import os
 import sys
 import warnings
 
@@ -32,6 +33,9 @@ def main() -> None:
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         return
+    if "LOCAL_RANK" not in os.environ:
+        # One process trains on one GPU, the first unless told otherwise; Trainer would spread it over all of them.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     # Transformers renamed gradient_checkpointing in 5.23 and warns about TRL's default; the old name works in all.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     # Imported here, so that --help need not wait for them.

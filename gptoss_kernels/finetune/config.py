@@ -1,6 +1,5 @@
 """Every setting of a finetuning run: dataclasses, and a parser that lets no unknown key and no wrong value through."""
 
-import argparse
 import difflib
 import json
 import types
@@ -14,7 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """Which model, how it is loaded, and its adapters: TRL's ModelConfig with gpt-oss's defaults and a few keys more."""
+    """Which model, how it is loaded, and its adapters: TRL's ModelConfig and a few keys more."""
 
     attn_implementation: str = field(
         default="gptoss_triton",
@@ -219,7 +218,9 @@ class _Parser(TrlParser):
         if isinstance(value, list):
             action = self._option_string_actions[f"--{key}"]
             if action.nargs != "+" or any(isinstance(item, (dict, list)) for item in value) or not value:
-                self.error(f"{key}: expected {'a list of values' if action.nargs == '+' else 'a single value'}, got {value}")
+                self.error(
+                    f"{key}: expected {'a list of values' if action.nargs == '+' else 'a single value'}, got {value}"
+                )
             return [f"--{key}", *(_text(item) for item in value)]
         if isinstance(value, (bool, int, float)) and accepted <= {dict, type(None)}:
             self.error(f"{key}: expected a mapping, got {value!r}")

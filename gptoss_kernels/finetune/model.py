@@ -42,7 +42,11 @@ def load_config(name: str, *, random: bool = False, revision: str = "main") -> P
 
 
 def build_random(
-    config: PreTrainedConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, **kwargs
+    config: PreTrainedConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **kwargs,
 ) -> PreTrainedModel:
     """A gpt-oss of the configuration's shapes with random weights, made in place on the device.
 
@@ -99,7 +103,9 @@ def load_checkpoint(
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         if str(getattr(method, "value", method)) != "mxfp4":
-            raise SetupError(f"model_name_or_path: {name} is quantized with {method}; expected mxfp4 or no quantization")
+            raise SetupError(
+                f"model_name_or_path: {name} is quantized with {method}; expected mxfp4 or no quantization"
+            )
         kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

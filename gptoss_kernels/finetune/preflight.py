@@ -2,9 +2,11 @@
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
 from .config import Arguments, TrainingArguments
 from .errors import SetupError
@@ -47,10 +49,14 @@ def check_processes(wanted: int | None, running: int, gpus: int) -> None:
     """Raises SetupError where a distributed configuration did not take effect.
 
     Args:
-        wanted: processes that the configuration is for; None: any number.
+        wanted: processes that the configuration is for; None: as many as Accelerate's own default file asks for, if
+            there is one, else any number.
         running: processes that run.
         gpus: GPUs that each of them sees.
     """
+    if wanted is None and running == 1 and Path(default_config_file).is_file():
+        # Written by `accelerate config`, and without effect on a plain `python sft.py`.
+        wanted = load_config_from_file(None).num_processes
     if wanted is not None and wanted != running:
         raise SetupError(
             f"num_processes: this configuration is for {wanted}, and {running} is running; start it with `accelerate "
@@ -64,13 +70,14 @@ def check_processes(wanted: int | None, running: int, gpus: int) -> None:
         )
 
 
-def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool, say: Callable = print) -> str | None:
     """The checkpoint to go on from, or None to start; nothing that an earlier run left is lost without being told to.
 
     Args:
         output_dir: the run's folder.
         resume: "true" for the last complete checkpoint in output_dir, a checkpoint's folder, or "false" or None.
         overwrite: delete the checkpoints of an earlier run.
+        say: how to tell that this happens.
 
     Raises:
         SetupError: there is nothing to resume from; or an earlier run is there, and neither was asked for.
@@ -98,9 +105,9 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str
             "by --resume_from_checkpoint true, choose another --output_dir, or start anew with --overwrite true"
         )
     if results:
-        print(f"overwrite: the earlier run in {output_dir} is replaced")
+        say(f"overwrite: the earlier run in {output_dir} is replaced")
     for path in checkpoints:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another rank may be at it too
     return None
 
 

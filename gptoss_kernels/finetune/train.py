@@ -28,6 +28,7 @@ from .sample import reply
 
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+
 @dataclass
 class Result:
     """Losses in nats per held-out token; None where there is no held-out split or nothing was measured."""
@@ -40,7 +41,7 @@ class Result:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer whose held-out loss is the mean over tokens; averaging over batches would weigh a short last one up."""
+    """SFTTrainer whose held-out loss is the mean over tokens; the mean over batches would weigh a short one up."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -74,9 +75,9 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     model_args, data_args, run_args, training = arguments.model, arguments.data, arguments.run, arguments.training
     check_settings(arguments)
     check_processes(run_args.num_processes, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count())
-    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, run_args.overwrite)
     main = training.process_index == 0
-    say = print if main else lambda *_, **__: None
+    say = print if main else lambda *_: None
+    checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, run_args.overwrite, say)
 
     random = model_args.model_init == "random"
     if random:
@@ -171,7 +172,9 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             f"tokenizer_name: {len(tokenizer)} tokens do not fit the model's vocabulary of {config.vocab_size}"
         )
     if (training.max_length or 0) > config.max_position_embeddings:
-        raise SetupError(f"max_length: {name} knows {config.max_position_embeddings} positions, got {training.max_length}")
+        raise SetupError(
+            f"max_length: {name} knows {config.max_position_embeddings} positions, got {training.max_length}"
+        )
     sharded = is_sharded(training)
     if random and sharded:
         raise SetupError("model_init: random weights are made on one GPU; ZeRO-3 and FSDP need a checkpoint")
@@ -228,5 +231,6 @@ def summarize(result: Result, output_dir: str, attention: str, say) -> None:
         say(f"held-out bigram entropy: {result.bigram:.4f} ({unit}, Witten-Bell smoothing, same tokens)")
         if result.last_loss >= result.bigram:
             say("WARNING: the held-out loss did not get below the bigram entropy: train longer, or look at the data")
-    say(f"speed: {result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_memory / 2**30:.2f} GiB, {attention}")
+    memory = f"peak memory {result.peak_memory / 2**30:.2f} GiB"
+    say(f"speed: {result.tokens_per_second:,.0f} tokens/s, {memory}, {attention}")
     say(f"saved: {output_dir} (model, tokenizer, loss.png, log.jsonl)")
