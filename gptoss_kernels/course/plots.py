@@ -44,9 +44,10 @@ def attention_map(ax: Axes, weights: torch.Tensor, sink_share: torch.Tensor | No
     shown = weights.detach().float().cpu()
     left = 0
     if sink_share is not None:
-        left = 2  # the sink's column and a gap
-        shown = torch.cat([sink_share.detach().float().cpu()[:, None], torch.zeros(queries, 1), shown], dim=1)
-    image = ax.imshow(shown.masked_fill(shown == 0, float("nan")).numpy(), vmin=0, vmax=1, aspect="auto")
+        left = 1 + max(1, keys // 16)  # the sink's column and a gap
+        gap = torch.zeros(queries, left - 1)
+        shown = torch.cat([sink_share.detach().float().cpu()[:, None], gap, shown], dim=1)
+    image = ax.imshow(shown.masked_fill(shown == 0, float("nan")).numpy(), vmin=0, aspect="auto")
     step = max(1, keys // 8)
     ticks = list(range(0, keys, step))
     labels = [str(tick) for tick in ticks]
