@@ -28,11 +28,11 @@ ARCHITECTURES |= {90: "hopper", 100: "blackwell", 103: "blackwell"}
 # (class, kernel) -> rows (largest head_dim the row serves, half-precision tile of full layers, of windowed layers).
 TABLE = {
     ("turing", "forward"): [
-        (64, Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-        (128, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        (64, Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+        (128, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     ],
-    ("turing", "dkdv"): [(64, Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)), (128, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))],
-    ("turing", "dq"): [(64, Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)), (128, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))],
+    ("turing", "dkdv"): [(64, Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)), (128, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))],
+    ("turing", "dq"): [(64, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)), (128, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))],
     ("ampere", "forward"): [
         (64, Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
         (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
@@ -55,7 +55,8 @@ TABLE = {
 TABLE |= {("blackwell", kernel): TABLE["hopper", kernel] for kernel in ("forward", "dkdv", "dq")}
 
 # fp32 products run without matrix units ("ieee"): small tiles, whose operands and sums fit in registers.
-FULL_PRECISION = {"forward": Tile(32, 32, 4, 1), "dkdv": Tile(32, 32, 4, 1), "dq": Tile(32, 32, 4, 1)}
+FULL_PRECISION = Tile(32, 32, 8, 1)
+FULL_PRECISION_TURING = Tile(16, 16, 4, 1)  # 64 KiB of shared memory
 
 # The interpreter takes the same time for a program whatever its tile; 32 still gives tests several tiles.
 INTERPRETER = Tile(32, 32, 4, 1)
@@ -82,7 +83,7 @@ def architecture(capability: tuple[int, int]) -> str:
 def table_tile(arch: str, kernel: str, head_dim: int, dtype: torch.dtype, windowed: bool) -> Tile:
     """The table's tile for kernel "forward", "dkdv" or "dq" on an architecture class."""
     if dtype == torch.float32:
-        return FULL_PRECISION[kernel]
+        return FULL_PRECISION_TURING if arch == "turing" else FULL_PRECISION
     row = next(row for row in TABLE[arch, kernel] if head_dim <= row[0])
     return row[2] if windowed else row[1]
 

@@ -171,10 +171,11 @@ def test_large_scores_do_not_overflow():
     inputs, keywords = case.inputs(DEVICE)
     inputs = [(x.detach() * scale).requires_grad_() for x, scale in zip(inputs, (100, 100, 1, 100), strict=True)]
     grads = grads_of(case)
-    eager = run(case, inputs, keywords, grads, attention_concat)
     exact = exact_attention(inputs, *grads, **keywords)
-    for name, a, e, x in zip(NAMES, run(case, inputs, keywords, grads), eager, exact, strict=True):
-        assert_within_budget(name, a, e, x)
+    # exp(s - lse) inherits the rounding of an fp32 lse, which here is some 3e4: a relative error of |lse| eps.
+    bound = 2 * exact[1].abs().max().item() * torch.finfo(torch.float32).eps
+    for name, a, x in zip(NAMES, run(case, inputs, keywords, grads), exact, strict=True):
+        assert relative_error(a, x) <= bound, name
 
 
 @pytest.mark.parametrize("case", [AttentionCase(), AttentionCase(documents=DOCUMENTS, window=9)], ids=str)

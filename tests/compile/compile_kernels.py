@@ -1,0 +1,102 @@
+"""Compile every kernel of the package for every architecture and print one JSON row each. A process of its own, run
+by test_offline.py: the kernels must not have been decorated for the interpreter.
+
+usage: compile_kernels.py CAPABILITY...
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+
+import torch
+import triton
+
+import gptoss_kernels
+from gptoss_kernels.attention import tiles
+from gptoss_kernels.offline import compile_offline
+
+ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq", "delta_kernel": "delta"}
+FEATURES = {
+    "full": {},
+    "window": {"HAS_WINDOW": True, "SPLIT": False},
+    "packed": {"PACKED": True},
+    "padded": {"PADDED": True},
+}
+
+
+def package_kernels() -> dict:
+    """Every @triton.jit function of the package whose name ends in _kernel."""
+    found = {}
+    for module in pkgutil.walk_packages(gptoss_kernels.__path__, "gptoss_kernels."):
+        if module.name.split(".")[1] not in ("attention", "experts", "mxfp4"):
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, triton.runtime.jit.JITFunction) and name.endswith("_kernel"):
+                found[name] = value
+    return found
+
+
+def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dtype, features: dict) -> dict:
+    constants = dict(
+        GROUP=8, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        HAS_SINKS=True, HAS_DLSE=False, HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True,
+    ) | features  # fmt: skip
+    arguments = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            arguments[name] = constants[name]
+        elif name in ("lse", "delta", "dlse", "dsinks_partial"):
+            arguments[name] = torch.float32
+        elif name == "cu_seqlens":
+            arguments[name] = torch.int32 if constants["PACKED"] else None
+        elif name == "padding":
+            arguments[name] = torch.bool if constants["PADDED"] else None
+        elif name in ("scale", "qk_scale"):
+            arguments[name] = "fp32"
+        elif name.startswith("stride"):
+            arguments[name] = "i32:16"
+        elif name in ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps"):
+            arguments[name] = "i32"
+        else:
+            arguments[name] = dtype
+    return arguments
+
+
+def variants(name: str, capability: int):
+    """(head_dim, dtype, features) to compile: all features at gpt-oss's shape, the largest head_dim, fp32."""
+    half = torch.float16 if capability == 75 else torch.bfloat16
+    yield from ((64, half, feature) for feature in FEATURES)
+    if name != "delta_kernel":
+        yield from ((128, half, "full"), (128, half, "window"), (128, torch.float32, "full"))
+
+
+def main() -> None:
+    kernels = package_kernels()
+    unknown = set(kernels) - set(ATTENTION)
+    if unknown:
+        raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
+    for capability in map(int, sys.argv[1:]):
+        arch = tiles.architecture(divmod(capability, 10))
+        for name, kernel in kernels.items():
+            for head_dim, dtype, feature in variants(name, capability):
+                if name == "delta_kernel":
+                    if feature != "full":
+                        continue
+                    tile = tiles.Tile(tiles.DELTA_BLOCK, 0, 4, 3)
+                else:
+                    windowed = feature == "window"
+                    tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, windowed)
+                arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
+                used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages)
+                row = dict(
+                    kernel=name, capability=capability, head_dim=head_dim, dtype=str(dtype).removeprefix("torch.")
+                )
+                row |= dict(
+                    feature=feature, tile=tile, shared=used.shared, registers=used.registers, spills=used.spills
+                )
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
