@@ -133,19 +133,20 @@ def parse(argv: list[str]) -> Arguments:
     parser = _Parser()
     given = parser.keys_of(argv)
     config_file = parser.parse_known_args(argv)[0].config
-    tokens = []
+    tokens, from_file = [], set()
     if config_file is not None:
         parser.source = f"{config_file}: "
         tokens = parser.tokens_from_yaml(config_file)
         parser.parse_args(tokens)
+        from_file = parser.keys_of(tokens)
     parser.source = ""
+    if "output_dir" not in given | from_file:
+        parser.error("output_dir: expected a folder for the result, got nothing")
     try:
         *groups, _ = parser.parse_args_into_dataclasses([*tokens, *argv], look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:  # from the dataclasses' own checks
         parser.error(" ".join(str(error).split()))
     arguments = Arguments(**dict(zip(GROUPS, groups, strict=True)), on_command_line=frozenset(given))
-    if arguments.training.output_dir is None:
-        parser.error("output_dir: expected a folder for the result, got nothing")
     return arguments
 
 
@@ -222,7 +223,7 @@ class _Parser(TrlParser):
                     f"{key}: expected {'a list of values' if action.nargs == '+' else 'a single value'}, got {value}"
                 )
             return [f"--{key}", *(_text(item) for item in value)]
-        if isinstance(value, (bool, int, float)) and accepted <= {dict, type(None)}:
+        if isinstance(value, (bool, int, float)) and dict in accepted:
             self.error(f"{key}: expected a mapping, got {value!r}")
         if isinstance(value, bool) and bool not in accepted and str not in accepted:
             self.error(f"{key}: expected {_names(accepted)}, got {value!r}")
@@ -232,9 +233,11 @@ class _Parser(TrlParser):
         if Path(value).is_file():
             return  # deepspeed, fsdp_config and accelerator_config may name one
         try:
-            json.loads(value)
-        except json.JSONDecodeError as error:
-            self.error(f"{key}: expected a JSON object, got {value!r} ({error})")
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            self.error(f"{key}: expected a JSON object, got {value!r}")
 
     def _unknown(self, key: str, dashes: str) -> typing.NoReturn:
         if key in RENAMED:
