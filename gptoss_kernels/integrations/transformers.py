@@ -286,8 +286,9 @@ def _check_settings(module, dropout, kwargs) -> None:
 
 
 def _is_union(mask_function) -> bool:
-    # Only Transformers' or_masks can let a query see what causality hides (block_sequence_ids come without use_vmap).
-    return getattr(mask_function, "__qualname__", "").startswith("or_masks")
+    # Transformers' or_masks alone lets a query see what causality hides; block_sequence_ids come through it too, and
+    # without use_vmap. By name, which torch.compile can follow.
+    return getattr(mask_function, "__name__", None) == "or_mask"
 
 
 def _visibility(module, query, key, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k):
