@@ -103,9 +103,7 @@ def load_checkpoint(
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         if str(getattr(method, "value", method)) != "mxfp4":
-            raise SetupError(
-                f"model_name_or_path: {name} is quantized with {method}; expected mxfp4 or no quantization"
-            )
+            raise SetupError(f"model_name_or_path: expected mxfp4 or no quantization, {name} is {method}")
         kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -129,7 +129,9 @@ def test_gpt_oss_template_is_pinned_and_takes_null(tokenizer):
     ]
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     assert "Current date: 2020-02-29\n" in text and "strftime_now" not in template
-    assert text.endswith("<|start|>assistant<|channel|>final<|message|>2<|return|>") and "analysis<|message|>" not in text
+    assert (
+        text.endswith("<|start|>assistant<|channel|>final<|message|>2<|return|>") and "analysis<|message|>" not in text
+    )
     messages[1]["thinking"] = "Two."
     assert "analysis<|message|>Two.<|end|>" in tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False
