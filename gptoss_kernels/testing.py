@@ -61,7 +61,7 @@ def random_gpt_oss(
 
     Args:
         shapes: "small" (4 layers, window 32), "gpt-oss-20b" or "gpt-oss-120b".
-        device, dtype: of every parameter.
+        device, dtype: of every parameter; "meta" for the shapes alone.
         seed: of the weights.
         attn_implementation, experts_implementation: as in `from_pretrained`.
         overrides: fields of GptOssConfig, for instance num_hidden_layers.
@@ -84,6 +84,8 @@ def random_gpt_oss(
     # Its frequencies are computed, not drawn, and "meta" computes nothing.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if torch.device(device).type == "meta":
+        return model.eval()  # shapes alone
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -130,7 +132,9 @@ class AttentionCase:
         """([q, k, v] or [q, k, v, sinks], keyword arguments of flash_attention), N(0, 1) values, leaves with grad.
 
         q, k and v are transposed views of (batch, length, heads, head_dim), as Transformers passes them."""
-        generator = torch.Generator(device).manual_seed(seed)
+        if torch.device(device).type == "meta":
+        return model.eval()  # shapes alone
+    generator = torch.Generator(device).manual_seed(seed)
         kv_len = self.kv_len or self.q_len
 
         def draw(*shape):

@@ -545,4 +545,5 @@ def _read_dense_mask(module, mask, query, key, kwargs) -> torch.Tensor | None:
 
     if torch.compiler.is_compiling():
         return read()
-    return _once_a_forward(module, mask, tuple(packing.values()), (batch, kv_len, window), read)
+    others = tuple(x if isinstance(x, torch.Tensor) else None for x in packing.values())  # checked when they are used
+    return _once_a_forward(module, mask, others, (batch, kv_len, window), read)

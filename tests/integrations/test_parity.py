@@ -84,9 +84,7 @@ def test_prefill_in_chunks(model, tokens, route, windowed):
     with through(route, model):
         # Without the configuration every layer keeps all keys, the sliding ones too.
         cache = DynamicCache(config=model.config) if windowed else DynamicCache()
-        got = [
-            logits(model, part, use_cache=True, past_key_values=cache) for part in ids.split([50, 1, 40, 9], dim=1)
-        ]
+        got = [logits(model, part, use_cache=True, past_key_values=cache) for part in ids.split([50, 1, 40, 9], dim=1)]
     assert_close(torch.cat(got, dim=1), want, 1e-5)
 
 
@@ -154,7 +152,7 @@ def test_torch_compile_without_a_graph_break(tokens, case):
     mask = torch.ones_like(ids)
     mask[:, :9] = 0
     inputs = {
-        "plain": {},
+        "plain": {"position_ids": torch.arange(48)[None]},
         "padded": {"attention_mask": mask},
         "documents": {"position_ids": position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
     }[case]
