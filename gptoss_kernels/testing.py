@@ -132,9 +132,7 @@ class AttentionCase:
         """([q, k, v] or [q, k, v, sinks], keyword arguments of flash_attention), N(0, 1) values, leaves with grad.
 
         q, k and v are transposed views of (batch, length, heads, head_dim), as Transformers passes them."""
-        if torch.device(device).type == "meta":
-        return model.eval()  # shapes alone
-    generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         kv_len = self.kv_len or self.q_len
 
         def draw(*shape):
