@@ -68,8 +68,8 @@ def accumulate_dkdv(
     dv,
     k_tile,  # [BLOCK_N, BLOCK_D]
     v_tile,
-    q_ptrs,  # [BLOCK_M, BLOCK_D] at row 0
-    do_ptrs,
+    q,  # row 0 of this head
+    dout,
     lse,  # [q_len] of this head
     delta,
     real,  # [BLOCK_N] the key is a token
@@ -91,14 +91,21 @@ def accumulate_dkdv(
     """Add what query rows [begin, end) of one head contribute to dK and dV of a key tile."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs += begin.to(tl.int64) * stride_qm
-    do_ptrs += begin.to(tl.int64) * stride_dm
+    q += begin.to(tl.int64) * stride_qm
+    dout += begin.to(tl.int64) * stride_dm
+    q_offs = offs_m[:, None] * stride_qm + offs_d[None, :]  # [BLOCK_M, BLOCK_D]
+    do_offs = offs_m[:, None] * stride_dm + offs_d[None, :]
     for start_m in range(begin, end, BLOCK_M):
         row = start_m + offs_m  # [BLOCK_M]
         in_range = row < q_len
-        q_tile = load_tile(q_ptrs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, True)
-        row_lse = tl.load(lse + row, mask=in_range, other=float("inf"))  # exp2(-inf) = 0: rows past the end add nothing
-        row_delta = tl.load(delta + row, mask=in_range, other=0.0)
+        q_tile = load_tile(q + q_offs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, MASKED)
+        if MASKED:
+            # Rows past the end: exp2(-inf) = 0, they add nothing.
+            row_lse = tl.load(lse + row, mask=in_range, other=float("inf"))
+            row_delta = tl.load(delta + row, mask=in_range, other=0.0)
+        else:
+            row_lse = tl.load(lse + row)
+            row_delta = tl.load(delta + row)
         if PADDED:  # a row that sees nothing has lse = -inf
             row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -108,13 +115,13 @@ def accumulate_dkdv(
             p = tl.where(allowed, p, 0.0)
         if PADDED:
             p = tl.where(real[:, None], p, 0.0)
-        do_tile = load_tile(do_ptrs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, True)
+        do_tile = load_tile(dout + do_offs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, MASKED)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         ds = p * (dp - row_delta[None, :])
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-        q_ptrs += BLOCK_M * stride_qm
-        do_ptrs += BLOCK_M * stride_dm
+        q += BLOCK_M * stride_qm
+        dout += BLOCK_M * stride_dm
     return dk, dv
 
 
@@ -161,6 +168,7 @@ def dkdv_kernel(
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,  # q_len is a multiple of BLOCK_M
 ):
     # One program a (key tile, kv head): it loops over the group's query heads. The first keys, seen most, start first.
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -168,7 +176,6 @@ def dkdv_kernel(
     start_n = tl.program_id(1) * BLOCK_N
     offset = kv_len - q_len
 
-    offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     key = start_n + tl.arange(0, BLOCK_N)
     column = key.to(tl.int64)[:, None]
@@ -196,29 +203,25 @@ def dkdv_kernel(
     acc_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_ptrs = q + batch * stride_qb + head * stride_qh + offs_m[:, None] * stride_qm + offs_d[None, :]
-        do_ptrs = dout + batch * stride_db + head * stride_dh + offs_m[:, None] * stride_dm + offs_d[None, :]
+        q_head = q + batch * stride_qb + head * stride_qh
+        do_head = dout + batch * stride_db + head * stride_dh
         base = (batch * kv_heads * GROUP + head) * q_len
         masked_end = end
         if SPLIT:
             masked_end = tl.minimum(full_begin, end)
         acc_dk, acc_dv = accumulate_dkdv(
-            acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last, begin,
+            acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last, begin,
             masked_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
         )  # fmt: skip
         if SPLIT:
-            # Without window and documents the last rows of the tensor are the only edge: masked loads suffice there.
-            inner_end = end
-            if HAS_WINDOW or PACKED:
-                inner_end = full_end
             acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last,
-                full_begin, inner_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
+                acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last,
+                full_begin, full_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
                 PADDED, False,
             )  # fmt: skip
-            if HAS_WINDOW or PACKED:
+            if HAS_WINDOW or PACKED or not EVEN_ROWS:
                 acc_dk, acc_dv = accumulate_dkdv(
-                    acc_dk, acc_dv, k_tile, v_tile, q_ptrs, do_ptrs, lse + base, delta + base, real, key, last,
+                    acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last,
                     full_end, end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
                     PADDED, True,
                 )  # fmt: skip
@@ -235,8 +238,8 @@ def accumulate_dq(
     do_tile,
     row_lse,  # [BLOCK_M] base 2
     row_delta,  # [BLOCK_M]
-    k_ptrs,  # [BLOCK_D, BLOCK_N] at key 0
-    v_ptrs,
+    k,  # key 0 of this head
+    v,
     padding,  # [kv_len] of this batch row
     position,  # [BLOCK_M]
     first,  # [BLOCK_M]
@@ -255,12 +258,14 @@ def accumulate_dq(
     """Add what keys [begin, end) contribute to dQ of a query tile."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    k_ptrs += begin.to(tl.int64) * stride_kn
-    v_ptrs += begin.to(tl.int64) * stride_vn
+    k += begin.to(tl.int64) * stride_kn
+    v += begin.to(tl.int64) * stride_vn
+    k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
+    v_offs = offs_n[None, :] * stride_vn + offs_d[:, None]
     for start_n in range(begin, end, BLOCK_N):
         key = start_n + offs_n  # [BLOCK_N]
-        k_tile = load_tile(k_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
-        v_tile = load_tile(v_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        k_tile = load_tile(k + k_offs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        v_tile = load_tile(v + v_offs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(scores * qk_scale - row_lse[:, None])
         if MASKED:
@@ -272,8 +277,8 @@ def accumulate_dq(
         dp = tl.dot(do_tile, v_tile, input_precision="ieee")
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), dq, input_precision="ieee")
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
+        k += BLOCK_N * stride_kn
+        v += BLOCK_N * stride_vn
     return dq
 
 
@@ -326,7 +331,6 @@ def dq_kernel(
     start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
     first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
@@ -343,8 +347,8 @@ def dq_kernel(
     row_lse = tl.load(lse + base + offs_m, in_range, other=0.0)
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E  # a row that sees nothing
     row_delta = tl.load(delta + base + offs_m, in_range, other=0.0)
-    k_ptrs = k + batch * stride_kb + head // GROUP * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None]
-    v_ptrs = v + batch * stride_vb + head // GROUP * stride_vh + offs_n[None, :] * stride_vn + offs_d[:, None]
+    k += batch * stride_kb + head // GROUP * stride_kh
+    v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
         padding += batch * kv_len
 
@@ -352,17 +356,17 @@ def dq_kernel(
     if SPLIT:
         if HAS_WINDOW or PACKED:
             acc = accumulate_dq(
-                acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, begin,
+                acc, q_tile, do_tile, row_lse, row_delta, k, v, padding, position, first, begin,
                 tl.minimum(full_begin, end), kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D,
                 PADDED, True,
             )  # fmt: skip
         acc = accumulate_dq(
-            acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, full_begin,
+            acc, q_tile, do_tile, row_lse, row_delta, k, v, padding, position, first, full_begin,
             full_end, kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, False,
         )  # fmt: skip
         begin = full_end
     acc = accumulate_dq(
-        acc, q_tile, do_tile, row_lse, row_delta, k_ptrs, v_ptrs, padding, position, first, begin,
+        acc, q_tile, do_tile, row_lse, row_delta, k, v, padding, position, first, begin,
         end, kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
     )  # fmt: skip
     target = batch * stride_gb + head * stride_gh + row * stride_gm + offs_d[None, :]
@@ -416,7 +420,7 @@ def launch_backward(
     def launch_dkdv(tile):
         dkdv_kernel[(batch * kv_heads, triton.cdiv(kv_len, tile.block_n))](
             q, k, v, dout, lse, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, *numbers,
-            **constants(tile),
+            **constants(tile), EVEN_ROWS=q_len % tile.block_m == 0,
         )  # fmt: skip
 
     def launch_dq(tile):

@@ -18,8 +18,8 @@ def attend(
     running_max,  # [BLOCK_M] fp32, base 2
     running_sum,  # [BLOCK_M] fp32
     q_tile,  # [BLOCK_M, BLOCK_D]
-    k_ptrs,  # [BLOCK_D, BLOCK_N] at key 0
-    v_ptrs,  # [BLOCK_N, BLOCK_D] at key 0
+    k,  # key 0 of this head
+    v,
     padding,  # [kv_len] of this batch row
     position,  # [BLOCK_M] key position of each query
     first,  # [BLOCK_M] oldest key of each query
@@ -38,11 +38,14 @@ def attend(
     """Let the queries of a tile attend to keys [begin, end); MASKED: where a bound may cut through a tile."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    k_ptrs += begin.to(tl.int64) * stride_kn
-    v_ptrs += begin.to(tl.int64) * stride_vn
+    # A scalar pointer moves and a tile of offsets stays: a tile of moving pointers would cost twice the registers.
+    k += begin.to(tl.int64) * stride_kn
+    v += begin.to(tl.int64) * stride_vn
+    k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
+    v_offs = offs_n[:, None] * stride_vn + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
     for start_n in range(begin, end, BLOCK_N):
         key = start_n + offs_n  # [BLOCK_N]
-        k_tile = load_tile(k_ptrs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        k_tile = load_tile(k + k_offs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             allowed = (key[None, :] <= position[:, None]) & (key[None, :] >= first[:, None])
@@ -54,11 +57,11 @@ def attend(
         p = tl.exp2(scores * qk_scale - new_max[:, None])  # [BLOCK_M, BLOCK_N]
         rescale = tl.exp2(running_max - new_max)  # [BLOCK_M]
         running_sum = running_sum * rescale + tl.sum(p, 1)
-        v_tile = load_tile(v_ptrs, offs_d[None, :] < HEAD_DIM, key[:, None] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
+        v_tile = load_tile(v + v_offs, offs_d[None, :] < HEAD_DIM, key[:, None] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         running_max = new_max
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
+        k += BLOCK_N * stride_kn
+        v += BLOCK_N * stride_vn
     return acc, running_max, running_sum
 
 
@@ -108,7 +111,6 @@ def forward_kernel(
     start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
     first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
@@ -117,8 +119,8 @@ def forward_kernel(
     row = offs_m.to(tl.int64)[:, None]
     stored = (offs_m[:, None] < q_len) & (offs_d[None, :] < HEAD_DIM)
     q_tile = tl.load(q + batch * stride_qb + head * stride_qh + row * stride_qm + offs_d[None, :], stored, other=0.0)
-    k_ptrs = k + batch * stride_kb + head // GROUP * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None]
-    v_ptrs = v + batch * stride_vb + head // GROUP * stride_vh + offs_n[:, None] * stride_vn + offs_d[None, :]
+    k += batch * stride_kb + head // GROUP * stride_kh
+    v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
         padding += batch * kv_len
 
@@ -134,17 +136,17 @@ def forward_kernel(
     if SPLIT:
         if HAS_WINDOW or PACKED:
             acc, running_max, running_sum = attend(
-                acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, begin,
+                acc, running_max, running_sum, q_tile, k, v, padding, position, first, begin,
                 tl.minimum(full_begin, end), kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D,
                 PADDED, True,
             )  # fmt: skip
         acc, running_max, running_sum = attend(
-            acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, full_begin,
+            acc, running_max, running_sum, q_tile, k, v, padding, position, first, full_begin,
             full_end, kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, False,
         )  # fmt: skip
         begin = full_end
     acc, running_max, running_sum = attend(
-        acc, running_max, running_sum, q_tile, k_ptrs, v_ptrs, padding, position, first, begin,
+        acc, running_max, running_sum, q_tile, k, v, padding, position, first, begin,
         end, kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
     )  # fmt: skip
 

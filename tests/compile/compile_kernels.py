@@ -4,6 +4,7 @@ by test_offline.py: the kernels must not have been decorated for the interpreter
 usage: compile_kernels.py CAPABILITY...
 """
 
+import dataclasses
 import importlib
 import json
 import pkgutil
@@ -39,8 +40,10 @@ def package_kernels() -> dict:
 
 def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dtype, features: dict) -> dict:
     constants = dict(
-        GROUP=8, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        HAS_SINKS=True, HAS_DLSE=False, HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True,
+        GROUP=8, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        HAS_SINKS=True, HAS_DLSE=False, EVEN_ROWS=True,
+        HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True,
     ) | features  # fmt: skip
     arguments = {}
     for name in kernel.arg_names:
@@ -64,11 +67,32 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
 
 
 def variants(name: str, capability: int):
-    """(head_dim, dtype, features) to compile: all features at gpt-oss's shape, the largest head_dim, fp32."""
+    """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
-    yield from ((64, half, feature) for feature in FEATURES)
-    if name != "delta_kernel":
-        yield from ((128, half, "full"), (128, half, "window"), (128, torch.float32, "full"))
+    yield (64, half, "full")
+    if name == "delta_kernel":
+        return
+    yield (64, half, "window")
+    if capability in (75, 80, 90, 100):
+        yield (64, half, "packed")
+    if capability in (75, 80, 86, 90):  # one architecture for each size of shared memory
+        yield (128, half, "full")
+    if capability == 90:
+        yield (64, half, "padded")
+    if capability in (75, 86):  # fp32 tiles are the same on every architecture but Turing
+        yield (128, torch.float32, "full")
+
+
+def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.dtype, feature: str) -> dict:
+    if name == "delta_kernel":
+        tile = tiles.Tile(tiles.DELTA_BLOCK, 0, 4, 3)
+    else:
+        arch = tiles.architecture(divmod(capability, 10))
+        tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, feature == "window")
+    arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
+    used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages)
+    row = {"kernel": name, "capability": capability, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
+    return row | {"feature": feature, "tile": tile, **dataclasses.asdict(used)}
 
 
 def main() -> None:
@@ -77,25 +101,9 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
     for capability in map(int, sys.argv[1:]):
-        arch = tiles.architecture(divmod(capability, 10))
         for name, kernel in kernels.items():
-            for head_dim, dtype, feature in variants(name, capability):
-                if name == "delta_kernel":
-                    if feature != "full":
-                        continue
-                    tile = tiles.Tile(tiles.DELTA_BLOCK, 0, 4, 3)
-                else:
-                    windowed = feature == "window"
-                    tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, windowed)
-                arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
-                used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages)
-                row = dict(
-                    kernel=name, capability=capability, head_dim=head_dim, dtype=str(dtype).removeprefix("torch.")
-                )
-                row |= dict(
-                    feature=feature, tile=tile, shared=used.shared, registers=used.registers, spills=used.spills
-                )
-                print(json.dumps(row), flush=True)
+            for variant in variants(name, capability):
+                print(json.dumps(compile_row(name, kernel, capability, *variant)), flush=True)
 
 
 if __name__ == "__main__":
