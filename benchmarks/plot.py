@@ -26,7 +26,7 @@ def draw(rows: list[dict[str, str]]):
     newest = {(int(r["window"]), r["contender"], int(r["tokens"])): r for r in rows if r["gpu"] == gpu}
     windows = sorted({window for window, _, _ in newest})
     plots.style()
-    figure, axes = plt.subplots(1, len(windows), figsize=(4.5 * len(windows), 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(windows), figsize=(4.5 * len(windows), 4.0), squeeze=False)
     for ax, window in zip(axes[0], windows, strict=True):
         for (name, label), colour, marker in zip(LABELS.items(), plots.OKABE_ITO, "osD^vX", strict=False):
             points = sorted((t, float(r["total_ms"])) for (w, n, t), r in newest.items() if (w, n) == (window, name))
@@ -37,7 +37,8 @@ def draw(rows: list[dict[str, str]]):
         ticks = sorted({tokens for w, _, tokens in newest if w == window})
         ax.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
         ax.minorticks_off()
-        ax.legend()
+    curves = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+    figure.legend(curves.values(), curves.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{gpu}, {rows[-1]['date']}")
     return figure
 

@@ -1,6 +1,7 @@
 """The ground: what is installed, imported and packaged, and that README, CI, environment and lock file agree."""
 
 import ast
+import importlib.util
 import os
 import re
 import stat
@@ -9,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -210,12 +212,19 @@ def test_workflow_runs_the_same_on_the_promised_pythons():
     assert all((ROOT / part).exists() for part in mac.split()[3:])
 
 
-def test_pytest_uses_the_cores():
-    pytest.importorskip("xdist")
-    done = pytest_in_a_process("tests/benchmarks/test_harness.py", "-k", "percentiles", "-p", "no:nbmake")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{min(4, os.cpu_count() or 1)} worker" in done.stdout
-    assert "1 passed" in done.stdout.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("expression", "asked", "workers"),
+    [("", None, min(4, os.cpu_count() or 1)), ("not gpu", None, min(4, os.cpu_count() or 1)), ("gpu", None, 0)]
+    + [("", 1, 1), ("", 0, 0), ("gpu", 3, 3)],
+)
+def test_pytest_chooses_its_workers(expression, asked, workers, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    option = SimpleNamespace(markexpr=expression, numprocesses=asked, usepdb=False, dist="no")
+    conftest.pytest_cmdline_main(SimpleNamespace(option=option))
+    assert option.numprocesses == workers
 
 
 def test_gpu_lane_is_one_process_and_needs_no_nbmake():
