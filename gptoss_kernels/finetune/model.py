@@ -125,6 +125,12 @@ def load_checkpoint(
         what = [f"{len(missing)} weights are missing ({', '.join(missing[:3])}, ...)"] if missing else []
         what += [f"{len(odd)} have another shape ({', '.join(odd[:3])}, ...)"] if odd else []
         raise SetupError(f"model_name_or_path: the checkpoint {name} does not fit its config.json: {'; '.join(what)}")
+    if quantization is not None:
+        # save_pretrained would undo what loading did, and with MXFP4 writes experts under names that nothing can load.
+        model._weight_conversions = []
+    if quantization is not None and dtype != "auto":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # Transformers 5.17 dequantizes to bf16 whatever was asked for
     return model
 
 

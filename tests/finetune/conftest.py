@@ -46,8 +46,12 @@ def shapes(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
     """A folder with 120 of the shipped train rows and 30 of the test rows."""
-    folder = tmp_path_factory.mktemp("rows")
-    for split, rows in (("train", 120), ("test", 30)):
+    return some_rows(tmp_path_factory.mktemp("rows"), train=120, test=30)
+
+
+def some_rows(folder: Path, **splits: int) -> str:
+    """Writes that many of the shipped rows of each split into the folder."""
+    for split, rows in splits.items():
         lines = (ROOT / "data" / "reasoning" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{split}.jsonl").write_text("".join(random.Random(0).sample(lines, rows)), encoding="utf-8")
     return str(folder)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from gptoss_kernels.finetune import train
 from gptoss_kernels.finetune.errors import SetupError
 from gptoss_kernels.finetune.model import build_random, count_parameters, load_adapter, load_checkpoint, load_config
 from gptoss_kernels.finetune.preflight import check_memory, memory_floor
@@ -94,12 +95,32 @@ def test_mxfp4_equals_its_bf16_twin(twins, dtype, caplog):
         assert torch.equal(packed(ids).logits, plain(ids).logits)
 
 
-def test_mxfp4_model_trains(twins):
-    model = load_checkpoint(str(twins[1]), load_config(str(twins[1])), dtype=torch.float32)
-    ids = torch.arange(40)[None]
-    model(ids, labels=ids).loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    assert model.model.layers[1].mlp.experts.gate_up_proj.grad.abs().max() > 0
+@pytest.mark.parametrize("adapters", [False, True])
+def test_mxfp4_model_trains_like_its_bf16_twin(twins, settings, tmp_path, adapters):
+    losses = []
+    for folder in twins:
+        keys = {"use_peft": "true", "lora_target_modules": "all-linear"} if adapters else {}
+        output = tmp_path / f"trained-{folder.name}"
+        result = train.run(
+            settings(
+                model_name_or_path=str(folder),
+                model_init="pretrained",
+                tokenizer_name="data/tokenizer",
+                output_dir=str(output),
+                max_steps=2,
+                eval_strategy="steps",
+                eval_steps=2,
+                **keys,
+            )
+        )
+        losses.append(result.last_loss)
+        if not adapters:
+            assert "quantization_config" not in json.loads((output / "config.json").read_text())
+            trained = load_checkpoint(str(output), load_config(str(output)))
+            before = load_file(twins[0] / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]
+            assert trained.dtype == torch.float32
+            assert not torch.equal(trained.model.layers[1].mlp.experts.down_proj, before.float())
+    assert losses[0] == losses[1]
 
 
 def test_other_quantizations_are_refused(twins):
