@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .masks import LOG2E, first_key, load_tile, query_end, split_keys, splits
+from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
     out,  # (batch, q_heads, q_len, HEAD_DIM)
     dout,
@@ -125,7 +125,7 @@ def accumulate_dkdv(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dkdv_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)
@@ -282,7 +282,7 @@ def accumulate_dq(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)

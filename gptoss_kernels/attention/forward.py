@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .masks import LOG2E, first_key, load_tile, split_keys, splits
+from .masks import LOG2E, VARYING, first_key, load_tile, split_keys, splits
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for "no key yet": finite, so that no difference of two maxima is NaN.
@@ -65,7 +65,7 @@ def attend(
     return acc, running_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)

@@ -10,6 +10,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Integers that change from batch to batch. Triton would compile a kernel anew for 1 and for each multiple of 16 or not.
+VARYING = ["q_len", "kv_len", "window", "documents", "search_steps"]
+
 
 def splits(window: int | None) -> bool:
     """Whether full and masked tiles get loops of their own: not for windows of a few tiles, which are all edges."""

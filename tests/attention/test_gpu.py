@@ -150,6 +150,26 @@ def test_no_synchronisation(window):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_new_lengths_and_documents_compile_nothing_new():
+    # Packed rows of a training run differ in both from step to step; a compilation takes seconds.
+    from gptoss_kernels.attention import backward, forward
+
+    def step(tokens, documents, window):
+        inputs, keywords = gpt_oss(tokens, window=window, documents=documents).inputs("cuda")
+        forward_backward(inputs, keywords, gradient_like(inputs[0]))
+
+    def compiled():
+        kernels = (forward.forward_kernel, backward.delta_kernel, backward.dkdv_kernel, backward.dq_kernel)
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    for tokens in (1024, 1000):  # with and without a ragged end
+        step(tokens, (tokens,), None)
+    before = compiled()
+    for documents in ((1, 1023), (500, 524), (1,) * 16 + (1009,), (7, 8, 9, 300, 701)):
+        step(sum(documents), documents, None)
+    assert compiled() == before
+
+
 def test_wrong_cu_seqlens_are_caught_on_the_device():
     # A device-side assertion ends the process's CUDA context: in a process of its own.
     import os
