@@ -193,22 +193,22 @@ PATTERNS = {
 
 
 def values(kind: str, language: str, rng: random.Random) -> dict[str, int | str]:
-    """The numbers and words of one problem; `r` is its answer."""
+    """The numbers and words of one problem; `r` is its answer. Small numbers, so that a small model can add them."""
     n, m = rng.sample(NAMES, 2)
     v = {"n": n, "m": m, "t": rng.choice(THINGS[language]), "day": rng.choice(DAYS[language])}
     if kind == "story":
-        v["a"], v["b"] = rng.randint(2, 20), rng.randint(2, 12)
+        v["a"], v["b"] = rng.randint(2, 9), rng.randint(2, 9)
         v["s"] = v["a"] + v["b"]
-        v["c"] = rng.randint(1, min(9, v["s"] - 1))
+        v["c"] = rng.randint(1, 3)
         v["r"] = v["s"] - v["c"]
     elif kind == "boxes":
         v["a"], v["b"] = rng.randint(2, 9), rng.randint(2, 9)
         v["r"] = v["a"] * v["b"]
     elif kind == "ages":
-        v["a"], v["b"] = rng.randint(3, 40), rng.randint(2, 12)
+        v["a"], v["b"] = rng.randint(3, 19), rng.randint(2, 9)
         v["r"] = v["a"] + v["b"]
     elif kind == "sequence":
-        v["a"], v["b"] = rng.randint(1, 20), rng.randint(2, 9)
+        v["a"], v["b"] = rng.randint(1, 20), rng.randint(2, 5)
         v["p"], v["q"], v["s"], v["r"] = (v["a"] + step * v["b"] for step in (1, 2, 3, 4))
     elif kind == "weekday":
         v["a"] = rng.randint(8, 30)

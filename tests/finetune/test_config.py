@@ -209,6 +209,15 @@ def test_help_is_quick_and_names_real_keys():
     assert len(result.stdout.splitlines()) < 50
 
 
+def test_the_core_does_not_import_finetuning():
+    code = (
+        "import sys, gptoss_kernels; "
+        "assert not {'gptoss_kernels.finetune', 'trl', 'peft', 'datasets', 'accelerate'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_help_all_lists_every_key():
     text = help_text()
     for key in ("learning_rate", "model_init", "test_split_size", "lora_r", "overwrite"):
