@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from gptoss_kernels import patch_flash_attention, unpatch_flash_attention
+from gptoss_kernels import flash_attention, patch_flash_attention, unpatch_flash_attention
+from gptoss_kernels.integrations import transformers as integration
 from gptoss_kernels.testing import random_gpt_oss
 
 from .conftest import assert_close, assert_gradients_close, logits, loss_and_gradients, through
@@ -140,8 +141,22 @@ def test_autocast(model, tokens, route):
     assert (ours - exact).norm() <= 1.2 * (eager - exact).norm()
 
 
+def test_autocast_is_over_inside_attention(model):
+    """q and k arrive in fp32 and v in bf16; what follows the cast is computed as without autocast."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 40, 16, generator=generator) for heads in (4, 2, 2))
+    module = model.model.layers[0].self_attn
+    want, _ = integration.attention_forward(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, weights = integration.attention_forward(module, query, key, value.bfloat16(), None)
+    assert weights is None and got.dtype == torch.bfloat16 and got.shape == (1, 40, 4, 16) and got.is_contiguous()
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("case", ["plain", "padded", "documents"])
-def test_torch_compile_without_a_graph_break(tokens, case):
+def test_torch_compile_without_a_graph_break(monkeypatch, tokens, case):
+    monkeypatch.setattr(integration, "flash_attention", flash_attention)  # with its own choice of the backend
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     torch.compiler.reset()
     model = random_gpt_oss(
         seed=5, num_hidden_layers=2, attn_implementation="gptoss_triton", experts_implementation="batched_mm"
