@@ -1,5 +1,6 @@
 """What one `pytest` command runs, by what the machine has: workers, notebooks, Triton's interpreter, the GPU lane."""
 
+import importlib.util
 import os
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from gptoss_kernels.course.env import interpreter_problem
+from gptoss_kernels.lane import interpreter_problem
+
+# The training extra may be missing, as on a machine that only runs the GPU lane.
+collect_ignore = [] if importlib.util.find_spec("trl") else ["tests/finetune"]
 
 
 def _gpu_lane(config: pytest.Config) -> bool:
@@ -42,6 +46,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"kernels: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'interpreter on the CPU'}"]
     if not config.pluginmanager.hasplugin("nbmake"):
         lines.append("notebooks are not run: nbmake is not installed")
+    if collect_ignore:
+        lines.append(f"{', '.join(collect_ignore)} not run: trl is not installed")
     return lines
 
 

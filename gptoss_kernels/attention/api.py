@@ -1,11 +1,11 @@
 """`flash_attention`: checks its arguments, chooses a backend, and calls it. Imports no kernel until one is launched."""
 
 import functools
-import importlib.util
 import os
 
 import torch
 
+from ..lane import interpreter_problem, interpreting, triton_available
 from .reference import attention_reference
 
 BACKENDS = ("auto", "triton", "reference")
@@ -93,18 +93,7 @@ def default_backend(q: torch.Tensor) -> str:
     return "reference"
 
 
-@functools.cache
-def triton_available() -> bool:
-    """Whether Triton can be imported (it has no wheels for macOS and Windows)."""
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def interpreting() -> bool:
-    """Whether TRITON_INTERPRET asks for Triton's CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+_interpreter_problem = functools.cache(interpreter_problem)
 
 
 def _check_triton(q: torch.Tensor) -> None:
@@ -120,6 +109,8 @@ def _check_triton(q: torch.Tensor) -> None:
             'backend="triton" under TRITON_INTERPRET=1: expected q in torch.float32 or torch.float16, got '
             "torch.bfloat16, whose products Triton's interpreter computes wrongly"
         )
+    if interpreting() and (problem := _interpreter_problem()):
+        raise RuntimeError(f'backend="triton": {problem}')
     if q.dtype not in DTYPES:
         raise TypeError(f'q: backend="triton" expected one of {_names(DTYPES)}, got {q.dtype}')
     if q.is_cuda and not interpreting():

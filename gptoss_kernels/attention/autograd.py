@@ -6,11 +6,11 @@ see them as opaque calls with known output shapes.
 
 import torch
 
-from . import api
+from ..lane import interpreting, triton_mode
 from .backward import launch_backward
 from .forward import launch_forward
 
-INTERPRETED = api.interpreting()  # the kernels above have been decorated for this; it cannot change any more
+INTERPRETED = triton_mode() == "interpreter"  # for good, since Triton and the kernels above have been decorated so
 
 _arguments = "Tensor? sinks, float scale, int? sliding_window, Tensor? cu_seqlens, Tensor? key_padding_mask"
 _forward_schema = f"(Tensor q, Tensor k, Tensor v, {_arguments}) -> (Tensor out, Tensor lse)"
@@ -34,11 +34,11 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def _check_lane() -> None:
-    if api.interpreting() != INTERPRETED:
+    if interpreting() != INTERPRETED:
         was, now = ("on", "off") if INTERPRETED else ("off", "on")
         raise RuntimeError(
-            f"TRITON_INTERPRET was {was} when the kernels were loaded and is {now} now: a process is one or the other; "
-            "set it before the first call of flash_attention, or restart"
+            f"TRITON_INTERPRET was {was} when Triton was loaded and is {now} now: a process is one or the other; set "
+            "it before anything imports Triton (transformers' models do), or restart"
         )
 
 

@@ -19,7 +19,8 @@ def delta_kernel(
     lse,  # (batch, q_heads, q_len) fp32
     dlse,  # the same, any strides; read if HAS_DLSE
     sinks,  # (q_heads,)
-    delta,  # (batch, q_heads, q_len) fp32
+    delta,  # (batch, q_heads, rows) fp32, 0 past q_len
+    lse2,  # the same: lse in base 2; 0 for a row that sees nothing, inf past q_len
     dsinks_partial,  # (batch, q_heads, blocks) fp32
     stride_ob,
     stride_oh,
@@ -32,6 +33,7 @@ def delta_kernel(
     stride_lm,
     q_heads,
     q_len,
+    rows,  # q_len rounded up to whole tiles, so that the other kernels read both without a mask
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -51,13 +53,15 @@ def delta_kernel(
     if HAS_DLSE:
         dlse += batch * stride_lb + head * stride_lh
         row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
-    base = (batch * q_heads + head) * q_len
-    tl.store(delta + base + offs_m, row_delta, mask=in_range)
+    row_lse = tl.load(lse + (batch * q_heads + head) * q_len + offs_m, in_range, other=float("inf"))
+    unseeing = row_lse == float("-inf")
+    base = (batch * q_heads + head) * rows
+    tl.store(delta + base + offs_m, row_delta)
+    tl.store(lse2 + base + offs_m, tl.where(unseeing, 0.0, row_lse * LOG2E))
     if HAS_SINKS:
         z = tl.load(sinks + head).to(tl.float32)
-        row_lse = tl.load(lse + base + offs_m, in_range, other=float("inf"))
         # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
-        p_sink = tl.where(row_lse == float("-inf"), 0.0, tl.exp2((z - row_lse) * LOG2E))
+        p_sink = tl.where(unseeing, 0.0, tl.exp2((z - row_lse) * LOG2E))
         partial = -tl.sum(p_sink * row_delta, 0)
         tl.store(dsinks_partial + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), partial)
 
@@ -70,7 +74,7 @@ def accumulate_dkdv(
     v_tile,
     q,  # row 0 of this head
     dout,
-    lse,  # [q_len] of this head
+    lse2,  # [rows] of this head
     delta,
     real,  # [BLOCK_N] the key is a token
     key,  # [BLOCK_N]
@@ -99,17 +103,10 @@ def accumulate_dkdv(
         row = start_m + offs_m  # [BLOCK_M]
         in_range = row < q_len
         q_tile = load_tile(q + q_offs, offs_d[None, :] < HEAD_DIM, in_range[:, None], HEAD_DIM, BLOCK_D, MASKED)
-        if MASKED:
-            # Rows past the end: exp2(-inf) = 0, they add nothing.
-            row_lse = tl.load(lse + row, mask=in_range, other=float("inf"))
-            row_delta = tl.load(delta + row, mask=in_range, other=0.0)
-        else:
-            row_lse = tl.load(lse + row)
-            row_delta = tl.load(delta + row)
-        if PADDED:  # a row that sees nothing has lse = -inf
-            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+        row_lse = tl.load(lse2 + row)  # inf past q_len, where p becomes 0
+        row_delta = tl.load(delta + row)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(scores * qk_scale - (row_lse * LOG2E)[None, :])
+        p = tl.exp2(scores * qk_scale - row_lse[None, :])
         if MASKED:
             allowed = (row[None, :] + offset >= key[:, None]) & (row[None, :] < last[:, None])
             p = tl.where(allowed, p, 0.0)
@@ -131,7 +128,7 @@ def dkdv_kernel(
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)
     v,
     dout,  # as q
-    lse,  # (batch, q_heads, q_len) fp32
+    lse2,  # (batch, q_heads, rows) fp32
     delta,
     dk,  # as k
     dv,
@@ -153,6 +150,7 @@ def dkdv_kernel(
     stride_gh,
     stride_gn,
     kv_heads,
+    rows,
     q_len,
     kv_len,
     window,
@@ -205,23 +203,23 @@ def dkdv_kernel(
         head = kv_head * GROUP + member
         q_head = q + batch * stride_qb + head * stride_qh
         do_head = dout + batch * stride_db + head * stride_dh
-        base = (batch * kv_heads * GROUP + head) * q_len
+        base = (batch * kv_heads * GROUP + head) * rows
         masked_end = end
         if SPLIT:
             masked_end = tl.minimum(full_begin, end)
         acc_dk, acc_dv = accumulate_dkdv(
-            acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last, begin,
+            acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse2 + base, delta + base, real, key, last, begin,
             masked_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D, PADDED, True,
         )  # fmt: skip
         if SPLIT:
             acc_dk, acc_dv = accumulate_dkdv(
-                acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last,
+                acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse2 + base, delta + base, real, key, last,
                 full_begin, full_end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
                 PADDED, False,
             )  # fmt: skip
             if HAS_WINDOW or PACKED or not EVEN_ROWS:
                 acc_dk, acc_dv = accumulate_dkdv(
-                    acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse + base, delta + base, real, key, last,
+                    acc_dk, acc_dv, k_tile, v_tile, q_head, do_head, lse2 + base, delta + base, real, key, last,
                     full_end, end, q_len, offset, stride_qm, stride_dm, scale * LOG2E, HEAD_DIM, BLOCK_M, BLOCK_D,
                     PADDED, True,
                 )  # fmt: skip
@@ -288,7 +286,7 @@ def dq_kernel(
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)
     v,
     dout,  # as q
-    lse,  # (batch, q_heads, q_len) fp32
+    lse2,  # (batch, q_heads, rows) fp32
     delta,
     dq,  # as q
     cu_seqlens,
@@ -309,6 +307,7 @@ def dq_kernel(
     stride_gh,
     stride_gm,
     q_heads,
+    rows,
     q_len,
     kv_len,
     window,
@@ -343,10 +342,9 @@ def dq_kernel(
     do_tile = tl.load(
         dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], stored, other=0.0
     )
-    base = (batch * q_heads + head) * q_len
-    row_lse = tl.load(lse + base + offs_m, in_range, other=0.0)
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse) * LOG2E  # a row that sees nothing
-    row_delta = tl.load(delta + base + offs_m, in_range, other=0.0)
+    base = (batch * q_heads + head) * rows
+    row_lse = tl.load(lse2 + base + offs_m)
+    row_delta = tl.load(delta + base + offs_m)
     k += batch * stride_kb + head // GROUP * stride_kh
     v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
@@ -397,12 +395,13 @@ def launch_backward(
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     block_d = triton.next_power_of_2(head_dim)
 
-    delta = torch.empty_like(lse)
-    blocks = triton.cdiv(q_len, tiles.DELTA_BLOCK)
+    rows = triton.cdiv(q_len, tiles.LARGEST_BLOCK) * tiles.LARGEST_BLOCK
+    delta, lse2 = torch.empty(2, batch, q_heads, rows, dtype=torch.float32, device=q.device)
+    blocks = rows // tiles.DELTA_BLOCK
     partial = None if sinks is None else torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
     delta_kernel[(batch * q_heads, blocks)](
-        out, dout, lse, dlse, sinks, delta, partial,
-        *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), q_heads, q_len,
+        out, dout, lse, dlse, sinks, delta, lse2, partial,
+        *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), q_heads, q_len, rows,
         HEAD_DIM=head_dim, BLOCK_M=tiles.DELTA_BLOCK, BLOCK_D=block_d, HAS_SINKS=sinks is not None,
         HAS_DLSE=dlse is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -419,14 +418,14 @@ def launch_backward(
 
     def launch_dkdv(tile):
         dkdv_kernel[(batch * kv_heads, triton.cdiv(kv_len, tile.block_n))](
-            q, k, v, dout, lse, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, *numbers,
-            **constants(tile), EVEN_ROWS=q_len % tile.block_m == 0,
+            q, k, v, dout, lse2, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, rows,
+            *numbers, **constants(tile), EVEN_ROWS=q_len % tile.block_m == 0,
         )  # fmt: skip
 
     def launch_dq(tile):
         dq_kernel[(batch * q_heads, triton.cdiv(q_len, tile.block_m))](
-            q, k, v, dout, lse, delta, dq, cu_seqlens, padding, *strides, *dq.stride()[:3], q_heads, *numbers,
-            **constants(tile),
+            q, k, v, dout, lse2, delta, dq, cu_seqlens, padding, *strides, *dq.stride()[:3], q_heads, rows,
+            *numbers, **constants(tile),
         )  # fmt: skip
 
     launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))

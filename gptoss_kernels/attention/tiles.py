@@ -62,6 +62,7 @@ FULL_PRECISION_TURING = Tile(16, 16, 4, 1)  # 64 KiB of shared memory
 INTERPRETER = Tile(32, 32, 4, 1)
 
 DELTA_BLOCK = 64  # rows a program of the delta kernel reads
+LARGEST_BLOCK = 128  # no tile has more rows; a multiple of all block_m and of DELTA_BLOCK
 
 CANDIDATES = [
     Tile(m, n, warps, stages)

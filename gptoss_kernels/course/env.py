@@ -1,17 +1,14 @@
 """The first cell of every notebook: chooses GPU or CPU interpreter for this process, seeds, and says what is there."""
 
-import importlib.metadata
 import os
 import platform
 import random
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from packaging.version import Version
 
-from ..attention.api import interpreting, triton_available
+from ..lane import interpreter_problem, interpreting, triton_available, triton_mode, version
 
 LANES = {
     "gpu": "Triton kernels, compiled for this GPU",
@@ -65,33 +62,13 @@ def setup(seed: int = 0) -> Environment:
 
     environment = _describe(lane)
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]  # with its CUDA build
-    versions += [f"{name} {_version(name) or 'missing'}" for name in ("triton", "transformers", "numpy")]
+    versions += [f"{name} {version(name) or 'missing'}" for name in ("triton", "transformers", "numpy")]
     memory = "" if environment.memory_gib is None else f", {environment.memory_gib:.0f} GiB"
     print(" · ".join(versions))
     print(f"device  {environment.name}{memory}")
     print(f"lane    {LANES[lane]}")
     print(f"dtype   {environment.dtype}, seed {seed}")
     return environment
-
-
-def triton_mode() -> str | None:
-    """How this process loaded Triton: "interpreter" or "compiler"; None if it has not been loaded yet."""
-    language = sys.modules.get("triton.language")
-    if language is None:
-        return None
-    # Triton decorates its own library (`sum`, `cdiv`, …) on import, in the mode that the process then keeps.
-    return "interpreter" if type(language.sum).__name__ == "InterpretedFunction" else "compiler"
-
-
-def interpreter_problem(triton: str | None = None, numpy: str | None = None) -> str | None:
-    """Why Triton's interpreter would fail with these versions (default: the installed ones), with the remedy."""
-    triton, numpy = triton or _version("triton"), numpy or _version("numpy")
-    if triton and numpy and Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
-        return (
-            f"Triton's interpreter: expected numpy < 2.4 with Triton {triton}, or a newer Triton; got numpy {numpy}, "
-            'with which its loops fail. Remedy: pip install "numpy<2.4"'
-        )
-    return None
 
 
 def _choose_lane() -> str:
@@ -115,10 +92,3 @@ def _describe(lane: str) -> Environment:
         memory_gib = None
     name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     return Environment(lane, torch.device("cpu"), torch.float32, name, memory_gib)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -8,6 +8,7 @@ import torch
 
 from gptoss_kernels import flash_attention
 from gptoss_kernels.attention.reference import attention_reference
+from gptoss_kernels.lane import interpreter_problem
 
 
 def tensors(**changes):
@@ -117,12 +118,22 @@ os.environ["TRITON_INTERPRET"] = "0"
 try:
     torch.ops.gptoss_kernels.attention_forward(q, q, q, None, 1.0, None, None, None)
 except RuntimeError as error:
-    assert "TRITON_INTERPRET was on when the kernels were loaded and is off now" in str(error), error
+    assert "TRITON_INTERPRET was on when Triton was loaded and is off now" in str(error), error
 else:
     raise SystemExit("no error")
 """
+    if problem := interpreter_problem():
+        pytest.skip(problem)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_interpreter_that_would_fail_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("gptoss_kernels.attention.api._interpreter_problem", lambda: "numpy is too new")
+    with pytest.raises(RuntimeError, match='backend="triton": numpy is too new'):
+        flash_attention(**tensors(), backend="triton")
 
 
 def test_default_backend_on_a_cpu(monkeypatch):

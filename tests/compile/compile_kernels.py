@@ -49,7 +49,7 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
     for name in kernel.arg_names:
         if name in constants:
             arguments[name] = constants[name]
-        elif name in ("lse", "delta", "dlse", "dsinks_partial"):
+        elif name in ("lse", "lse2", "delta", "dlse", "dsinks_partial"):
             arguments[name] = torch.float32
         elif name == "cu_seqlens":
             arguments[name] = torch.int32 if constants["PACKED"] else None
@@ -58,6 +58,8 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
         elif name in ("scale", "qk_scale"):
             arguments[name] = "fp32"
         elif name.startswith("stride"):
+            arguments[name] = "i32:16"
+        elif name == "rows":
             arguments[name] = "i32:16"
         elif name in ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps"):
             arguments[name] = "i32"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptoss_kernels.course import env
+from gptoss_kernels.lane import interpreter_problem
 
 INTERPRETED = """
 import triton, triton.language as tl
@@ -78,7 +79,7 @@ def test_same_seed_same_numbers(capsys):
     [("3.6.0", "2.4.1", True), ("3.6.0", "2.3.5", False), ("3.9.0", "2.4.6", False), ("3.5.1", "2.4.0", True)],
 )
 def test_interpreter_and_numpy(triton, numpy, broken):
-    problem = env.interpreter_problem(triton, numpy)
+    problem = interpreter_problem(triton, numpy)
     assert (problem is not None) == broken
     if broken:
         assert "numpy < 2.4" in problem and numpy in problem and "pip install" in problem

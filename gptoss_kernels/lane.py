@@ -1,0 +1,54 @@
+"""Which of Triton's modes this process is in: compiled for a GPU, interpreted on the CPU, or no Triton at all.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process is one or the other for good.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+
+from packaging.version import Version
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton can be imported (it has no wheels for macOS and Windows)."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def triton_mode() -> str | None:
+    """How this process loaded Triton: "interpreter" or "compiler"; None if it has not been loaded yet."""
+    language = sys.modules.get("triton.language")
+    if language is None:
+        return None
+    # Triton decorates its own library (`sum`, `cdiv`, …) on import, in the mode that the process then keeps.
+    return "interpreter" if type(language.sum).__name__ == "InterpretedFunction" else "compiler"
+
+
+def interpreter_problem(triton: str | None = None, numpy: str | None = None) -> str | None:
+    """Why Triton's interpreter would fail with these versions (default: the installed ones), with the remedy."""
+    triton, numpy = triton or version("triton"), numpy or version("numpy")
+    if triton and numpy and Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
+        return (
+            f"Triton's interpreter: expected numpy < 2.4 with Triton {triton}, or a newer Triton; got numpy {numpy}, "
+            'with which its loops fail. Remedy: pip install "numpy<2.4"'
+        )
+    return None
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, None if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
