@@ -9,10 +9,12 @@ import importlib.util
 import os
 import sys
 
+import torch
 from packaging.version import Version
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace find_spec
 def triton_available() -> bool:
     """Whether Triton can be imported (it has no wheels for macOS and Windows)."""
     try:
