@@ -3,24 +3,27 @@
 Triton reads TRITON_INTERPRET when a kernel is decorated, so a process is one or the other for good.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
 import sys
 
-import torch
 from packaging.version import Version
 
 
-@functools.cache
-@torch.compiler.assume_constant_result  # torch.compile cannot trace find_spec
-def triton_available() -> bool:
-    """Whether Triton can be imported (it has no wheels for macOS and Windows)."""
+def _find_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         return False
+
+
+_TRITON = _find_triton()  # once, here: torch.compile cannot trace the search
+
+
+def triton_available() -> bool:
+    """Whether Triton can be imported (it has no wheels for macOS and Windows)."""
+    return _TRITON
 
 
 def interpreting() -> bool:
