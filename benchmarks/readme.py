@@ -9,6 +9,7 @@ from benchmarks import harness
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
+FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
 LABELS = {
     "ours": "gptoss_kernels",
     "flex": "FlexAttention",
@@ -54,6 +55,18 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
     return "\n\n".join(tables)
 
 
+def finetune_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: the newest row of each GPU, model, kind of training and length."""
+    newest = {(r["gpu"], r["model"], r["training"], int(r["max_length"]), r["sequences"]): r for r in rows}
+    lines = ["| GPU | model | training | tokens a step | tokens/s | peak GiB | measured |", "|---" * 7 + "|"]
+    for (gpu, model, training, length, sequences), row in newest.items():
+        tokens = length * int(sequences)
+        measured = f"{row['date']}, {row['commit']}, torch {row['torch']}, trl {row['trl']}, peft {row['peft']}"
+        figures = f"{int(row['tokens_per_second']):,} | {float(row['peak_gib']):.1f}"
+        lines.append(f"| {gpu} | {model} | {training} | {tokens:,} | {figures} | {measured} |")
+    return "\n".join(lines)
+
+
 def update(text: str, name: str, body: str) -> str:
     """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced by `body`.
 
@@ -81,7 +94,9 @@ def _distinct(rows: list[dict[str, str]], key: str) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(update(text, "attention", attention_tables(harness.read_rows(ATTENTION))), encoding="utf-8")
+    text = update(text, "attention", attention_tables(harness.read_rows(ATTENTION)))
+    text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def test_readme_agrees_with_the_rows():
     text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
     body = readme.attention_tables(harness.read_rows(readme.ATTENTION))
     assert readme.update(text, "attention", body) == text, "run `python -m benchmarks.readme`"
+    body = readme.finetune_table(harness.read_rows(readme.FINETUNE))
+    assert readme.update(text, "finetune", body) == text, "run `python -m benchmarks.readme`"
 
 
 def test_stored_rows_have_todays_columns():
@@ -59,6 +61,14 @@ def test_tables():
     ]
     assert "Measured 2026-01-02 at commit abc with torch 2.11, triton 3.6, transformers 5.17, flash-attn-4 4.0." in text
     assert "GPU B, bfloat16" in text and "commit def" in text and "777" not in text
+
+
+def test_finetune_table_shows_the_newest_row():
+    base = dict(gpu="GPU A", model="m", training="LoRA r=8", max_length="8192", sequences="2", peak_gib="42.88")
+    base |= dict(date="2026-01-02", commit="abc", torch="2.11", trl="1.16", peft="0.21")
+    text = readme.finetune_table([base | {"tokens_per_second": "9"}, base | {"tokens_per_second": "9071"}])
+    last = "| GPU A | m | LoRA r=8 | 16,384 | 9,071 | 42.9 | 2026-01-02, abc, torch 2.11, trl 1.16, peft 0.21 |"
+    assert text.splitlines()[2:] == [last]
 
 
 def test_no_rows_no_figures():
