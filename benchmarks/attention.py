@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
                 new.append(
                     {
                         "contender": name,
-                        "package": f"{package} {harness.version(package)}".strip(),
+                        "package": f"{package} {harness.version(package) or ''}".strip(),
                         "tokens": tokens,
                         "window": window or 0,
                         **result,

@@ -1,12 +1,7 @@
 """What benchmarks share: interleaved timing, peak memory, provenance, and rows in CSV files."""
 
 import csv
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
@@ -14,6 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gptoss_kernels.lane import version
+from gptoss_kernels.provenance import provenance
+
+__all__ = [
+    "append_rows",
+    "peak_extra_gib",
+    "percentiles",
+    "provenance",
+    "read_rows",
+    "table",
+    "time_interleaved",
+    "version",
+]
 
 # Cycles that the GPU idles before a timed call, some milliseconds: the CPU gets ahead and launch gaps are not timed.
 HEAD_START = 5_000_000
@@ -77,42 +86,6 @@ def peak_extra_gib(call: Callable[[], Any], device: torch.device) -> float | Non
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """Where a row comes from: gpu, torch, triton, transformers, date (UTC), commit."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"none: CPU {platform.machine()}"
-    return {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "transformers": version("transformers"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
-    }
-
-
-def version(package: str) -> str:
-    """The installed version of a distribution, or an empty string."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def commit() -> str:
-    """GPTOSS_COMMIT, or this checkout's commit with "-dirty" if tracked files differ, or "unknown"."""
-    if given := os.environ.get("GPTOSS_COMMIT"):
-        return given
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -36,16 +36,26 @@ class Environment:
         return gpu if self.lane == "gpu" else cpu
 
 
-def setup(seed: int = 0) -> Environment:
+def setup(seed: int = 0, *, triton: bool = False) -> Environment:
     """Prints versions, device and lane, seeds Python and torch, and returns the `Environment`.
 
     Without a GPU that the kernels run on (compute capability 7.5 or newer) it sets TRITON_INTERPRET=1, which counts
     only if Triton has not been loaded yet: call it before other imports.
 
+    Args:
+        seed: of Python's and torch's random numbers.
+        triton: whether the notebook itself writes Triton kernels, so that PyTorch alone will not do.
+
     Raises:
+        ImportError: `triton`, and Triton is not installed.
         RuntimeError: Triton was loaded before in the other mode, or this Triton's interpreter and numpy do not fit.
     """
     lane = _choose_lane()
+    if triton and lane == "reference":
+        raise ImportError(
+            "setup: this notebook writes Triton kernels, and Triton is not installed; it has packages for Linux (on "
+            "Windows: WSL 2). Where there is none, read this notebook on GitHub or run it on Colab"
+        )
     if lane != "reference":
         loaded, wanted = triton_mode(), "interpreter" if lane == "interpreter" else "compiler"
         if loaded not in (None, wanted):
@@ -68,6 +78,8 @@ def setup(seed: int = 0) -> Environment:
     print(f"device  {environment.name}{memory}")
     print(f"lane    {LANES[lane]}")
     print(f"dtype   {environment.dtype}, seed {seed}")
+    if environment.dtype == torch.float16:
+        print("note    this GPU has no bfloat16 units: float16 takes its place, and gpt-oss-20b does not run here")
     return environment
 
 

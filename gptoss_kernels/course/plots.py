@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch, Rectangle
 
 # Okabe and Ito's palette, black last: it serves for limits and ceilings.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
@@ -55,3 +57,74 @@ def attention_map(ax: Axes, weights: torch.Tensor, sink_share: torch.Tensor | No
     ax.set(xlabel="key", ylabel="query")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label="share of attention")
+
+
+def tile_schedule(
+    ax: Axes,
+    queries: int,
+    keys: int,
+    block_m: int,
+    block_n: int,
+    *,
+    window: int | None = None,
+    cu_seqlens: list[int] | None = None,
+) -> dict[str, int]:
+    """Draws which tiles of the score matrix a forward kernel skips, masks, or takes whole, and counts them.
+
+    Args:
+        ax: where to draw.
+        queries, keys: lengths in tokens; the last query stands at the last key.
+        block_m, block_n: queries and keys of a tile.
+        window: keys that a query sees, its own included. None: all before it.
+        cu_seqlens: (documents + 1,) ends of packed documents, 0 first. None: one document.
+
+    Returns:
+        {"skipped": …, "masked": …, "full": …}, in tiles.
+    """
+    position = torch.arange(keys - queries, keys)[:, None]
+    key = torch.arange(keys)[None, :]
+    seen = key <= position
+    if window is not None:
+        seen &= key > position - window
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(keys), torch.tensor(cu_seqlens[1:]), right=True)
+        seen &= document[position] == document[key]
+    names = ("skipped", "masked", "full")
+    rows = [tile.split(block_n, dim=1) for tile in seen.split(block_m, dim=0)]
+    kind = torch.tensor([[int(tile.any()) + int(tile.all()) for tile in row] for row in rows])
+    colours = ListedColormap(["#FFFFFF", OKABE_ITO[1], OKABE_ITO[0]])
+    ax.pcolormesh(kind.numpy(), cmap=colours, vmin=0, vmax=2, edgecolors="#999999", linewidth=0.5)
+    for row, column in (kind == 1).nonzero().tolist():  # a pattern, so that no kind is told by its colour alone
+        ax.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="///", edgecolor="#00000080", linewidth=0))
+    ax.invert_yaxis()
+    ax.set(xlabel=f"key tile ({block_n} keys)", ylabel=f"query tile ({block_m} queries)", aspect="equal")
+    ax.grid(False)
+    counts = {name: int((kind == value).sum()) for value, name in enumerate(names)}
+    hatches = (None, "///", None)
+    handles = [
+        Patch(facecolor=colours(value), edgecolor="#666666", hatch=hatches[value], label=f"{name}: {counts[name]}")
+        for value, name in enumerate(names)
+    ]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
+    return counts
+
+
+def roofline(ax: Axes, peak_tflops: float, bandwidth_gbs: float, points: dict[str, tuple[float, float]]) -> None:
+    """Draws the roof of a machine and, under it, what programs reach.
+
+    Args:
+        ax: where to draw.
+        peak_tflops: the machine's arithmetic limit, TFLOP/s.
+        bandwidth_gbs: its memory bandwidth, GB/s.
+        points: name -> (FLOPs per byte of memory traffic, TFLOP/s reached).
+    """
+    ridge = peak_tflops * 1e3 / bandwidth_gbs
+    intensities = [ridge, *(intensity for intensity, _ in points.values())]
+    left, right = min(intensities) / 4, max(intensities) * 4
+    ax.plot([left, ridge, right], [left * bandwidth_gbs / 1e3, peak_tflops, peak_tflops], color="black", linestyle="-")
+    markers = "osD^vPX*"
+    for index, (name, (intensity, reached)) in enumerate(points.items()):
+        marker, colour = markers[index % len(markers)], OKABE_ITO[index % 7]
+        ax.plot(intensity, reached, marker, color=colour, markersize=8, markeredgecolor="black", label=name)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", xlim=(left, right))
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))

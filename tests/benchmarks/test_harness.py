@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import harness
+from gptoss_kernels.provenance import commit
 
 CPU = torch.device("cpu")
 
@@ -74,7 +75,7 @@ def test_commit_without_git(monkeypatch):
         raise subprocess.CalledProcessError(128, "git")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert harness.commit() == "unknown"
+    assert commit() == "unknown"
 
 
 def test_table():

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import csv
 import importlib
 import re
 import statistics
@@ -14,28 +15,16 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="notebooks need the course extra")
 pytest.importorskip("nbclient")
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "notebooks"
-URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.insert(0, str(Path(__file__).parent))
+from extract import ATTEMPT, FOLDER, NOTEBOOKS, ROOT, cells, functions, is_stub, python, read, solutions  # noqa: E402
 
 sys.path.insert(0, str(FOLDER))
 from refresh import normalise  # noqa: E402
 
+URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+RECORDS = ROOT / "benchmarks" / "results" / "course"
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def read(path):
-    return nbformat.read(path, as_version=4)
-
-
-def cells(path, kind):
-    return [cell for cell in read(path).cells if cell.cell_type == kind]
-
-
-def python(source):
-    """The source with IPython's % lines turned into `pass`, for the parser."""
-    return re.sub(r"^(\s*)%.*$", r"\1pass", source, flags=re.MULTILINE)
 
 
 def test_there_are_notebooks():
@@ -80,8 +69,9 @@ def test_first_cells(path):
     for label in ("Time", "Hardware", "Builds on", "Builds"):
         assert f"**{label}**" in title.source
     lines = [line.strip() for line in install.source.splitlines() if "pip" in line]
-    assert lines == [f'%pip install -q "gptoss-kernels[course] @ git+{URL}"']
+    assert lines == [f'!git clone -q {URL} && pip install -q -e "./{URL.rsplit("/", 1)[1]}[course]"']
     assert "%%capture" not in install.source
+    assert install.source == cells(NOTEBOOKS[0], "code")[0].source, "every notebook installs alike"
     first_calls = "\n".join(cell.source for cell in cells(path, "code")[:2])
     assert "env.setup(" in first_calls, "the set-up comes before any other import of the package"
 
@@ -90,6 +80,7 @@ def test_first_cells(path):
 def test_shape_of_the_text(path):
     code = [cell.source for cell in cells(path, "code")]
     prose = [cell.source for cell in cells(path, "markdown")]
+    assert 30 <= len(code) + len(prose) <= 100
     assert statistics.median(len(source.splitlines()) for source in code) <= 8
     assert max(len(source.splitlines()) for source in code) <= 45
     assert sum(map(len, prose)) >= sum(map(len, code))
@@ -99,38 +90,56 @@ def test_shape_of_the_text(path):
 
 
 @each_notebook
-def test_exercises_have_stub_checker_hint_and_solution(path):
+def test_exercises_have_box_stub_checker_hint_and_solution(path):
     attempts = 0
-    for cell in cells(path, "code"):
-        tree = ast.parse(python(cell.source))
-        stubs = {
-            node.name
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef) and "NotImplementedError" in ast.dump(node)
-        }
-        called = re.findall(r"(\w+) = check\.attempt\((\w+), chapter=(\d+)\)", cell.source)
+    notebook = read(path)
+    shown = solutions(notebook)
+    for before, cell, after in zip(notebook.cells, notebook.cells[1:], notebook.cells[2:], strict=False):
+        if cell.cell_type != "code":
+            continue
+        stubs = {node.name for node in functions(cell.source) if is_stub(node)}
+        called = ATTEMPT.findall(cell.source)
+        assert cell.source.count("check.attempt(") == len(called)
         assert {name for name, _, _ in called} == {name for _, name, _ in called} == stubs
         for _, name, chapter in called:
+            assert "## Exercise" in before.source
+            assert re.search(r"\*\*Difficulty\*\* [●○]{3} · \*\*Time\*\* \d+ minutes", before.source), before.source
+            assert after.source.count("<summary>Hint") >= 1 and after.source.count("<summary>Solution") >= 1
             assert int(chapter) == int(path.stem[:2])
-            solutions = importlib.import_module(f"gptoss_kernels.course.solutions.chapter_{int(chapter):02d}")
-            assert callable(getattr(solutions, name)) and callable(getattr(solutions, f"check_{name}"))
+            packaged = importlib.import_module(f"gptoss_kernels.course.solutions.chapter_{int(chapter):02d}")
+            assert callable(getattr(packaged, f"check_{name}")) and hasattr(packaged, name) and name in shown
         attempts += len(called)
-    text = "\n".join(cell.source for cell in cells(path, "markdown"))
-    assert text.count("<summary>Hint") >= attempts and text.count("<summary>Solution") == attempts
+    assert attempts >= (1 if path.stem.startswith("00") else 2)
 
 
 @each_notebook
-def test_shown_solutions_are_right(path):
-    """The folded solutions, pasted by a learner, pass the checker."""
-    from gptoss_kernels.course import check
+def test_imports_the_package_alone(path):
+    """A learner needs this package, what it depends on, and nothing beside it."""
+    allowed = {"gptoss_kernels", "torch", "triton", "transformers", "matplotlib", "IPython", *sys.stdlib_module_names}
+    for cell in cells(path, "code"):
+        for node in ast.walk(ast.parse(python(cell.source))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= allowed, cell.source
 
-    text = "\n".join(cell.source for cell in cells(path, "markdown"))
-    for block in re.findall(r"<summary>Solution</summary>.*?```python\n(.*?)```", text, flags=re.DOTALL):
-        scope = {"torch": importlib.import_module("torch")}
-        exec(block, scope)
-        for node in ast.parse(block).body:
-            if isinstance(node, ast.FunctionDef):
-                check.attempt(scope[node.name], chapter=int(path.stem[:2]), strict=True)
+
+def recorded(path):
+    return re.findall(r'record\.measured\(\s*"(\w+)"', "\n".join(cell.source for cell in cells(path, "code")))
+
+
+@each_notebook
+def test_recorded_figures_are_there_and_from_a_gpu(path):
+    for name in recorded(path):
+        assert name.startswith(path.stem[:2] + "_")
+        with (RECORDS / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert rows and all(row["gpu"].startswith("NVIDIA") for row in rows)
+        assert all(row["date"] and re.fullmatch(r"[0-9a-f]{7,}", row["commit"]) for row in rows)
+
+
+def test_no_record_without_a_notebook():
+    used = {name for path in NOTEBOOKS for name in recorded(path)}
+    assert {file.stem for file in RECORDS.glob("*.csv")} == used
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, FOLDER / "README.md", ROOT / "README.md"], ids=lambda path: path.name)
@@ -148,6 +157,7 @@ def test_relative_links_resolve(path):
                 assert anchor in slugs, target
 
 
-def test_contents_list_every_notebook():
-    contents = (FOLDER / "README.md").read_text("utf-8")
-    assert re.findall(r"\]\((\d\d_\w+\.ipynb)\)", contents) == [path.name for path in NOTEBOOKS]
+@pytest.mark.parametrize(("file", "prefix"), [(FOLDER / "README.md", ""), (ROOT / "README.md", "notebooks/")])
+def test_contents_list_every_notebook(file, prefix):
+    found = re.findall(rf"^\| \[.*\]\({prefix}(\d\d_\w+\.ipynb)\)", file.read_text("utf-8"), flags=re.MULTILINE)
+    assert found == [path.name for path in NOTEBOOKS]
