@@ -64,6 +64,34 @@ def test_a_raising_attempt_is_told(capsys):
     assert "it raised AttributeError" in capsys.readouterr().out
 
 
+def test_strict_by_environment(monkeypatch):
+    def sink_share(scores, sink):
+        raise NotImplementedError("your turn")
+
+    monkeypatch.setenv("GPTOSS_STRICT", "1")
+    with pytest.raises(NotImplementedError):
+        check.attempt(sink_share, chapter=0)
+
+
+def test_what_a_kernel_raises_in_the_interpreter_is_unwrapped(capsys):
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def sink_share(scores, sink):
+        try:
+            raise ZeroDivisionError("in the kernel")
+        except ZeroDivisionError as error:
+            raise errors.InterpreterError(repr(error)) from error
+
+    check.attempt(sink_share, chapter=0)
+    assert "it raised ZeroDivisionError: in the kernel" in capsys.readouterr().out
+
+    def sink_share(scores, sink):
+        raise errors.InterpreterError("AssertionError('your turn')") from AssertionError(check.STUB)
+
+    check.attempt(sink_share, chapter=0)
+    assert "not attempted yet" in capsys.readouterr().out
+
+
 def test_unknown_exercise():
     def sink_shares(scores, sink):
         return sink

@@ -62,6 +62,8 @@ def test_without_triton_it_takes_the_reference(tmp_path):
     done = python(tmp_path, block, SETUP, "assert found.lane == 'reference' and found.dtype == torch.float32")
     assert done.returncode == 0, done.stderr
     assert "Triton is not installed" in done.stdout
+    done = python(tmp_path, block, SETUP.replace("setup()", "setup(triton=True)"))
+    assert done.returncode != 0 and "this notebook writes Triton kernels" in done.stderr
 
 
 def test_same_seed_same_numbers(capsys):

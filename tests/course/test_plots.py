@@ -26,3 +26,27 @@ def test_attention_map():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["sink", "0", "1"]
     assert ax.get_xlabel() == "key" and ax.get_ylabel() == "query"
     plt.close()
+
+
+def test_tile_schedule_counts_tiles():
+    _, ax = plt.subplots()
+    full = plots.tile_schedule(ax, 128, 128, 32, 32)
+    assert full == {"skipped": 6, "masked": 4, "full": 6}
+    # 100 keys end inside a tile; a window of 32 cuts through two tiles a row of tiles.
+    window = plots.tile_schedule(ax, 100, 100, 32, 32, window=32)
+    assert window == {"skipped": 9, "masked": 7, "full": 0}
+    packed = plots.tile_schedule(ax, 128, 128, 32, 32, cu_seqlens=[0, 64, 128])
+    assert packed == {"skipped": 10, "masked": 4, "full": 2}
+    decoding = plots.tile_schedule(ax, 32, 128, 32, 32)
+    assert decoding == {"skipped": 0, "masked": 1, "full": 3}
+    plt.close()
+
+
+def test_roofline_has_its_ridge_where_both_limits_meet():
+    _, ax = plt.subplots()
+    plots.roofline(ax, 1000.0, 4000.0, {"softmax": (0.5, 1.0), "attention": (900.0, 500.0)})
+    roof, *points = ax.lines
+    assert roof.get_xdata()[1] == 250.0 and roof.get_ydata()[1] == 1000.0
+    assert [line.get_label() for line in points] == ["softmax", "attention"]
+    assert len({line.get_marker() for line in points}) == 2
+    plt.close()
