@@ -1,6 +1,7 @@
 """Exact, fast Triton kernels for finetuning gpt-oss, plugged into Hugging Face Transformers."""
 
 from .attention.api import flash_attention
+from .experts.api import fused_experts
 from .integrations.transformers import (
     patch_flash_attention,
     register_when_loaded,
@@ -8,7 +9,13 @@ from .integrations.transformers import (
     unpatch_flash_attention,
 )
 
-register_when_loaded()  # attn_implementation="gptoss_triton"
+register_when_loaded()  # attn_implementation="gptoss_triton", experts_implementation="gptoss_triton"
 
-__all__ = ["flash_attention", "patch_flash_attention", "triton_flash_attention", "unpatch_flash_attention"]
+__all__ = [
+    "flash_attention",
+    "fused_experts",
+    "patch_flash_attention",
+    "triton_flash_attention",
+    "unpatch_flash_attention",
+]
 __version__ = "0.1.0"

@@ -186,6 +186,54 @@ def exact_attention(
     return [torch.cat(out, 1), torch.cat(lse, 1), torch.cat(dq, 1), of_group(dk), of_group(dv), *map(torch.cat, dsinks)]
 
 
+# --------------------------------------------------------------------------------------------------------- experts
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    """One call of fused_experts to be checked. `inputs` draws its tensors."""
+
+    tokens: int = 37
+    hidden: int = 24
+    intermediate: int = 40
+    experts: int = 5
+    top_k: int = 2
+    dtype: torch.dtype = torch.float32
+    routing: str = "random"  # "one": all tokens on one expert; "sentinel": a third of the slots is skipped
+
+    def __str__(self) -> str:
+        return ",".join(f"{f.name}={getattr(self, f.name)}".replace("torch.", "") for f in fields(self))
+
+    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """([x, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias, routing_weights], router_indices): leaves
+        with grad, of a size that the activation's clamps cut some values; indices are distinct within a token."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*shape, size=1.0):
+            return size * torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
+
+        experts, hidden, intermediate = self.experts, self.hidden, self.intermediate
+        tensors = [
+            draw(self.tokens, hidden),
+            draw(experts, hidden, 2 * intermediate, size=3 * hidden**-0.5),
+            draw(experts, 2 * intermediate),
+            draw(experts, intermediate, hidden, size=intermediate**-0.5),
+            draw(experts, hidden),
+            draw(self.tokens, self.top_k).softmax(-1),
+        ]
+        shuffled = torch.rand(self.tokens, experts, device=device, generator=generator).argsort(dim=1)
+        indices = shuffled[:, : self.top_k]
+        if self.routing == "one":
+            indices = torch.full_like(indices, experts - 1)
+        if self.routing == "sentinel":
+            skipped = torch.rand(indices.shape, device=device, generator=generator) < 1 / 3
+            indices = indices.masked_fill(skipped, experts)
+        return [x.to(self.dtype).requires_grad_() for x in tensors], indices.contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Norm of (actual - exact) over the norm of exact, in fp64; infinite if any value is not finite."""
     error = (actual.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)

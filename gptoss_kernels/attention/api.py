@@ -1,16 +1,14 @@
 """`flash_attention`: checks its arguments, chooses a backend, and calls it. Imports no kernel until one is launched."""
 
-import functools
 import os
 
 import torch
 
-from ..lane import interpreter_problem, interpreting, triton_available
+from ..backends import DTYPES, check_triton, default_backend, names
 from .reference import attention_reference
 
 BACKENDS = ("auto", "triton", "reference")
 HEAD_DIMS = (16, 32, 64, 96, 128)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def flash_attention(
@@ -64,7 +62,7 @@ def flash_attention(
     if backend == "auto":
         backend = default_backend(q)
     if backend == "triton":
-        _check_triton(q)
+        check_triton("q", q)
         from .autograd import triton_attention  # decorates the kernels: not before the first launch
 
         out, lse = triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
@@ -82,48 +80,6 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
-def default_backend(q: torch.Tensor) -> str:
-    """The backend that `backend="auto"` stands for with queries like q: "triton" or "reference"."""
-    if not triton_available():
-        return "reference"
-    if q.is_cuda:
-        return "triton"
-    if q.device.type == "cpu" and interpreting() and q.dtype in (torch.float32, torch.float16):
-        return "triton"
-    return "reference"
-
-
-_interpreter_problem = functools.cache(interpreter_problem)
-
-
-def _check_triton(q: torch.Tensor) -> None:
-    if not triton_available():
-        raise RuntimeError('backend="triton": Triton is not installed; use backend="reference" or "auto"')
-    if not q.is_cuda and not (q.device.type == "cpu" and interpreting()):
-        raise RuntimeError(
-            f'backend="triton": expected q on a CUDA device, or TRITON_INTERPRET=1 for the CPU interpreter, '
-            f"got q on {q.device}"
-        )
-    if interpreting() and q.dtype == torch.bfloat16:
-        raise TypeError(
-            'backend="triton" under TRITON_INTERPRET=1: expected q in torch.float32 or torch.float16, got '
-            "torch.bfloat16, whose products Triton's interpreter computes wrongly"
-        )
-    if interpreting() and (problem := _interpreter_problem()):
-        raise RuntimeError(f'backend="triton": {problem}')
-    if q.dtype not in DTYPES:
-        raise TypeError(f'q: backend="triton" expected one of {_names(DTYPES)}, got {q.dtype}')
-    if q.is_cuda and not interpreting():
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability < (7, 5):
-            raise RuntimeError(f'backend="triton": expected compute capability 7.5 or newer, got {capability}')
-        if q.dtype == torch.bfloat16 and capability < (8, 0):
-            raise TypeError(
-                f"q: expected torch.float16 or torch.float32 on {torch.cuda.get_device_name(q.device)} (compute "
-                f"capability {capability[0]}.{capability[1]} has no bfloat16 matrix units), got torch.bfloat16"
-            )
-
-
 def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, backend) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
@@ -135,7 +91,7 @@ def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if q.dtype not in DTYPES and not (q.dtype == torch.float64 and backend == "reference"):
-        raise TypeError(f"q: expected one of {_names(DTYPES)}, got {q.dtype}")
+        raise TypeError(f"q: expected one of {names(DTYPES)}, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
@@ -216,7 +172,3 @@ def _check_cu_seqlens(cu_seqlens, q, kv_len, key_padding_mask) -> None:
         if values[0] != 0 or values[-1] != q_len or any(a >= b for a, b in zip(values, values[1:], strict=False)):
             shown = values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]
             raise ValueError(f"cu_seqlens: expected 0 first, strictly increasing, q_len={q_len} last, got {shown}")
-
-
-def _names(dtypes) -> str:
-    return ", ".join(str(dtype) for dtype in dtypes)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer, get_peft_config
 
-from gptoss_kernels.attention.api import default_backend
+from gptoss_kernels.backends import default_backend
 
 from .config import Arguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, bigram_entropy, load_splits, load_tokenizer

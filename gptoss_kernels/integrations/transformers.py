@@ -28,6 +28,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.api import flash_attention
+from ..experts.api import fused_experts
 from .register import after_import
 
 NAME = "gptoss_triton"
@@ -179,16 +180,59 @@ def padding_mask(
     return attention_mask[:, kv_offset:tokens]
 
 
+# --------------------------------------------------------------------------------------------------------- experts
+
+
+def experts_forward(
+    module: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    router_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The experts function behind `experts_implementation="gptoss_triton"`, in Transformers' signature.
+
+    Args:
+        module: gpt-oss's experts, with its four parameters, alpha and limit.
+        hidden_states: (tokens, hidden).
+        router_indices, routing_weights: (tokens, top_k); an index equal to the number of experts is skipped.
+
+    Returns:
+        (tokens, hidden).
+
+    Raises:
+        ValueError: module is not gpt-oss's experts: their layout and activation are not what is computed here.
+    """
+    layout = [getattr(module, name, None) for name in ("is_transposed", "is_concatenated", "has_bias")]
+    if layout != [True, False, True] or not (hasattr(module, "alpha") and hasattr(module, "limit")):
+        raise ValueError(
+            f'experts_implementation="{NAME}": expected gpt-oss\'s experts (interleaved gate and up columns, biases, '
+            f"clamped SwiGLU), got {type(module).__name__}"
+        )
+    return fused_experts(
+        hidden_states,
+        module.gate_up_proj,
+        module.gate_up_proj_bias,
+        module.down_proj,
+        module.down_proj_bias,
+        router_indices,
+        routing_weights,
+        alpha=module.alpha,
+        limit=module.limit,
+    )
+
+
 # ------------------------------------------------------------------------------------------ registering and patching
 
 
 def register() -> None:
-    """Registers "gptoss_triton" with Transformers' attention and mask interfaces."""
+    """Registers "gptoss_triton" with Transformers' attention, mask and experts interfaces."""
+    from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, padding_mask)
+    ExpertsInterface.register(NAME, experts_forward)
 
 
 def register_when_loaded() -> None:

@@ -131,13 +131,13 @@ else:
 def test_interpreter_that_would_fail_is_refused(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("gptoss_kernels.attention.api._interpreter_problem", lambda: "numpy is too new")
+    monkeypatch.setattr("gptoss_kernels.backends._problem", lambda: "numpy is too new")
     with pytest.raises(RuntimeError, match='backend="triton": numpy is too new'):
         flash_attention(**tensors(), backend="triton")
 
 
 def test_default_backend_on_a_cpu(monkeypatch):
-    from gptoss_kernels.attention.api import default_backend
+    from gptoss_kernels.backends import default_backend
 
     q = torch.zeros(1, 1, 1, 16)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

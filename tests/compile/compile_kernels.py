@@ -18,6 +18,7 @@ from gptoss_kernels.attention import tiles
 from gptoss_kernels.offline import compile_offline
 
 ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq", "delta_kernel": "delta"}
+EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
 FEATURES = {
     "full": {},
     "window": {"HAS_WINDOW": True, "SPLIT": False},
@@ -68,11 +69,26 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
     return arguments
 
 
+def experts_arguments(kernel, dtype: torch.dtype) -> dict:
+    """gpt-oss's shapes, weights trained: hidden and intermediate 2,880, top-k 4; tiles as the launchers choose them."""
+    blocks = {
+        "activation_kernel": dict(BLOCK_R=4, BLOCK_I=512),
+        "combine_kernel": dict(BLOCK_T=2, BLOCK_H=1024),
+        "activation_backward_kernel": dict(BLOCK_R=2, BLOCK_I=1024),
+        "expert_sum_kernel": dict(BLOCK_R=64, BLOCK_W=64),
+    }
+    known = dict(INTERMEDIATE=2880, HIDDEN=2880, WIDTH=5760, TOP_K=4, HAS_BIAS=True, HAS_WEIGHT=True, WRITE_ACT=True)
+    known |= dict(GATHER=True, dweight=torch.float32, alpha="fp32", limit="fp32", rows="i32", tokens="i32")
+    known |= dict(experts="i32:16", slot=torch.int64, expert_of_slot=torch.int64)
+    known |= dict.fromkeys(("expert", "token", "ends", "row_of_slot"), torch.int32) | blocks[kernel.__name__]
+    return {name: known.get(name, dtype) for name in kernel.arg_names}
+
+
 def variants(name: str, capability: int):
     """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
     yield (64, half, "full")
-    if name == "delta_kernel":
+    if name == "delta_kernel" or name in EXPERTS:
         return
     yield (64, half, "window")
     if capability in (75, 80, 90, 100):
@@ -86,6 +102,11 @@ def variants(name: str, capability: int):
 
 
 def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.dtype, feature: str) -> dict:
+    if name in EXPERTS:
+        arguments = experts_arguments(kernel, dtype)
+        used = compile_offline(kernel, arguments, capability, num_warps=4, num_stages=3)
+        row = {"kernel": name, "capability": capability, "head_dim": head_dim, "feature": feature}
+        return row | dataclasses.asdict(used)
     if name == "delta_kernel":
         tile = tiles.Tile(tiles.DELTA_BLOCK, 0, 4, 3)
     else:
@@ -99,7 +120,7 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
 
 def main() -> None:
     kernels = package_kernels()
-    unknown = set(kernels) - set(ATTENTION)
+    unknown = set(kernels) - set(ATTENTION) - EXPERTS
     if unknown:
         raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
     for capability in map(int, sys.argv[1:]):

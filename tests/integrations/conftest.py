@@ -12,8 +12,8 @@ import torch
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from gptoss_kernels import flash_attention, patch_flash_attention, triton_flash_attention, unpatch_flash_attention
-from gptoss_kernels.attention.api import interpreting
 from gptoss_kernels.integrations import transformers as integration
+from gptoss_kernels.lane import interpreting
 from gptoss_kernels.testing import random_gpt_oss
 
 ROUTES = ("registered", "patched", "assigned")

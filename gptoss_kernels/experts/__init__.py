@@ -1,0 +1,1 @@
+"""gpt-oss's mixture-of-experts layer: grouped matrix products with everything between them fused."""

@@ -1,0 +1,128 @@
+"""`fused_experts`: checks its arguments, chooses a backend, and calls it. Imports no kernel until one is launched."""
+
+import torch
+
+from ..backends import DTYPES, check_triton, default_backend, names
+from .reference import experts_reference
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def fused_experts(
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    gate_up_proj_bias: torch.Tensor,
+    down_proj: torch.Tensor,
+    down_proj_bias: torch.Tensor,
+    router_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    *,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """gpt-oss's mixture of experts: y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e = router_indices[t, k].
+
+    act is the clamped SwiGLU over interleaved columns: gate (even) <= limit, |up| (odd) <= limit,
+    (up + 1) gate sigmoid(alpha gate). Exact and differentiable in x, routing_weights and the four parameters; each
+    gradient is computed only if it is needed. For the backward pass it keeps x, the pre-activation
+    (tokens * top_k, 2 * intermediate) and the routing.
+
+    Args:
+        x: (tokens, hidden), fp16, bf16 or fp32.
+        gate_up_proj: (experts, hidden, 2 * intermediate), x's dtype.
+        gate_up_proj_bias: (experts, 2 * intermediate), any floating dtype.
+        down_proj: (experts, intermediate, hidden), x's dtype.
+        down_proj_bias: (experts, hidden), any floating dtype.
+        router_indices: (tokens, top_k), integers in 0 … experts; the value `experts` is Transformers' sentinel, and
+            its slot is skipped. Values are trusted.
+        routing_weights: (tokens, top_k), any floating dtype (its gradient has it too).
+        alpha, limit: of the activation.
+        backend: "triton"; "reference" (plain PyTorch, every expert on every token); "auto": triton on a GPU, and on
+            the CPU under TRITON_INTERPRET=1 for fp32 and fp16; otherwise reference.
+
+    Returns:
+        (tokens, hidden), dtype of x, summed over the choices in fp32 and in their order: two calls with the same
+        inputs give bitwise the same result, forward and backward.
+
+    The matrix products are torch's grouped_mm for bf16 on a GPU of compute capability 8.0 or newer, which needs
+    hidden and intermediate in multiples of 8; elsewhere they run expert by expert, reading the experts' loads on the
+    host.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit together.
+        RuntimeError: backend="triton" where Triton cannot run.
+    """
+    parameters = {
+        "gate_up_proj": gate_up_proj,
+        "gate_up_proj_bias": gate_up_proj_bias,
+        "down_proj": down_proj,
+        "down_proj_bias": down_proj_bias,
+    }
+    _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend)
+    if backend == "auto":
+        backend = default_backend(x)
+    arguments = (x, *parameters.values(), router_indices, routing_weights)
+    if backend == "reference":
+        return experts_reference(*arguments, alpha=alpha, limit=limit)
+    check_triton("x", x)
+    from .autograd import triton_experts  # decorates the kernels: not before the first launch
+
+    return triton_experts(*(argument.contiguous() for argument in arguments), float(alpha), float(limit))
+
+
+def _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend) -> None:
+    tensors = {"x": x, **parameters, "router_indices": router_indices, "routing_weights": routing_weights}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+        if name != "router_indices" and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if x.dtype not in DTYPES and not (x.dtype == torch.float64 and backend == "reference"):
+        raise TypeError(f"x: expected one of {names(DTYPES)}, got {x.dtype}")
+    for name in ("gate_up_proj", "down_proj"):
+        if parameters[name].dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {parameters[name].dtype}")
+    if router_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"router_indices: expected torch.int32 or torch.int64, got {router_indices.dtype}")
+
+    if x.dim() != 2:
+        raise ValueError(f"x: expected (tokens, hidden), got {tuple(x.shape)}")
+    gate_up = parameters["gate_up_proj"]
+    if gate_up.dim() != 3 or gate_up.shape[1] != x.shape[1] or gate_up.shape[2] % 2:
+        raise ValueError(
+            f"gate_up_proj: expected (experts, hidden={x.shape[1]}, 2 * intermediate), got {tuple(gate_up.shape)}"
+        )
+    experts, hidden, width = gate_up.shape
+    expected = {
+        "gate_up_proj_bias": (experts, width),
+        "down_proj": (experts, width // 2, hidden),
+        "down_proj_bias": (experts, hidden),
+    }
+    for name, shape in expected.items():
+        if parameters[name].shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(parameters[name].shape)}")
+    if min(x.shape[0], experts, hidden, width) < 1:
+        raise ValueError(f"x, gate_up_proj: expected no empty dimension, got {tuple(x.shape)}, {tuple(gate_up.shape)}")
+    if router_indices.dim() != 2 or router_indices.shape[0] != x.shape[0] or router_indices.shape[1] < 1:
+        raise ValueError(f"router_indices: expected (tokens={x.shape[0]}, top_k), got {tuple(router_indices.shape)}")
+    if routing_weights.shape != router_indices.shape:
+        raise ValueError(
+            f"routing_weights: expected router_indices' shape {tuple(router_indices.shape)}, "
+            f"got {tuple(routing_weights.shape)}"
+        )
+    for name, value in (("alpha", alpha), ("limit", limit)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 < limit < float("inf"):
+        raise ValueError(f"limit: expected a finite number > 0, got {limit}")
+    if x.is_cuda and x.dtype == torch.bfloat16 and (hidden % 8 or width % 16):
+        raise ValueError(
+            f"x, gate_up_proj: expected hidden and intermediate in multiples of 8 for bfloat16 on a GPU (torch's "
+            f"grouped_mm), got hidden={hidden}, intermediate={width // 2}"
+        )

@@ -1,0 +1,119 @@
+"""The experts as two torch.library operators with fake implementations, and the autograd.Function around them.
+
+Kept for the backward pass: x, the pre-activation and the routing. Each gradient is computed only where it is needed.
+"""
+
+import torch
+
+from .backward import expert_sum, launch_activation_backward
+from .forward import gather, launch_activation, launch_combine
+from .routing import Routing, grouped_outer, grouped_product, route
+
+_parameters = "Tensor gate_up_proj, Tensor gate_up_proj_bias, Tensor down_proj, Tensor down_proj_bias"
+torch.library.define(
+    "gptoss_kernels::experts_forward",
+    f"(Tensor x, {_parameters}, Tensor router_indices, Tensor routing_weights, float alpha, float limit)"
+    " -> (Tensor y, Tensor hidden, Tensor token, Tensor slot, Tensor expert, Tensor row, Tensor ends)",
+)
+torch.library.define(
+    "gptoss_kernels::experts_backward",
+    f"(Tensor dy, Tensor x, Tensor hidden, {_parameters}, Tensor router_indices, Tensor routing_weights,"
+    " Tensor token, Tensor slot, Tensor expert, Tensor row, Tensor ends, float alpha, float limit, bool[] needed)"
+    " -> (Tensor dx, Tensor dgate_up_proj, Tensor dgate_up_proj_bias, Tensor ddown_proj, Tensor ddown_proj_bias,"
+    " Tensor drouting_weights)",
+)
+
+
+@torch.library.impl("gptoss_kernels::experts_forward", "default")
+def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
+    experts, _, width = w1.shape
+    routing = route(router_indices, experts)
+    hidden = grouped_product(gather(x, routing.token), w1, routing.ends)
+    act = x.new_empty(hidden.shape[0], width // 2)
+    launch_activation(hidden, b1, routing.expert, act, alpha, limit)
+    down = grouped_product(act, w2, routing.ends)
+    y = torch.empty_like(x)
+    launch_combine(down, b2, routing_weights, routing.row, router_indices, y, experts)
+    return y, hidden, *routing
+
+
+@torch.library.register_fake("gptoss_kernels::experts_forward")
+def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
+    tokens, top_k = router_indices.shape
+    rows = tokens * top_k
+    whole = lambda *shape: router_indices.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    slot = router_indices.new_empty(rows, dtype=torch.int64)
+    hidden = x.new_empty(rows, w1.shape[2])
+    return torch.empty_like(x), hidden, whole(rows), slot, whole(rows), whole(tokens, top_k), whole(w1.shape[0])
+
+
+@torch.library.impl("gptoss_kernels::experts_backward", "default")
+def _experts_backward(
+    dy, x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends, alpha, limit, needed
+):
+    routing = Routing(token, slot, expert, row, ends)
+    need_x, need_w1, need_b1, need_w2, need_b2, need_weights = needed
+    experts = w1.shape[0]
+    dx, dw1, db1, dw2, db2, drouting = (x.new_empty(0) for _ in range(6))
+    dy = dy.contiguous()
+    if need_b2:
+        db2 = expert_sum(dy, routing, b2.dtype, weight=routing_weights, gather=True)
+    if need_x or need_w1 or need_b1 or need_w2 or need_weights:
+        dy_rows = gather(dy, token)
+        dact = grouped_product(dy_rows, w2.transpose(1, 2), ends)
+        dhidden = torch.empty_like(hidden)
+        weighted = torch.empty_like(dact) if need_w2 else None
+        dweight = x.new_empty(slot.shape, dtype=torch.float32)
+        launch_activation_backward(
+            hidden, b1, expert, slot, routing_weights, dact, dhidden, weighted, dweight, alpha, limit
+        )
+        del dact
+        if need_w2:
+            dw2 = grouped_outer(weighted, dy_rows, ends)
+        del weighted, dy_rows
+        if need_weights:
+            through_bias = (dy @ b2.to(dy.dtype).T).gather(1, router_indices.clamp(max=experts - 1).long())
+            dweight = dweight.view_as(row) + torch.where(router_indices < experts, through_bias, 0.0)
+            drouting = dweight.to(routing_weights.dtype)
+        if need_b1:
+            db1 = expert_sum(dhidden, routing, b1.dtype)
+        if need_x:
+            dx = torch.empty_like(x)
+            dx_rows = grouped_product(dhidden, w1.transpose(1, 2), ends)
+            launch_combine(dx_rows, None, None, row, router_indices, dx, experts)
+        if need_w1:
+            dw1 = grouped_outer(gather(x, token), dhidden, ends)
+    return dx, dw1, db1, dw2, db2, drouting
+
+
+@torch.library.register_fake("gptoss_kernels::experts_backward")
+def _experts_backward_fake(
+    dy, x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends, alpha, limit, needed
+):
+    likes = (x, w1, b1, w2, b2, routing_weights)
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for like, need in zip(likes, needed, strict=True)
+    )
+
+
+class _FusedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, routing_weights, router_indices, alpha, limit):
+        y, hidden, *routing = torch.ops.gptoss_kernels.experts_forward(
+            x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit
+        )
+        ctx.save_for_backward(x, hidden, w1, b1, w2, b2, router_indices, routing_weights, *routing)
+        ctx.alpha, ctx.limit = alpha, limit
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needed = list(ctx.needs_input_grad[:6])
+        grads = torch.ops.gptoss_kernels.experts_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit, needed)
+        return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
+
+
+def triton_experts(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
+    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`."""
+    return _FusedExperts.apply(x, w1, b1, w2, b2, routing_weights, router_indices, alpha, limit)
