@@ -2,6 +2,7 @@
 
 from .attention.api import flash_attention
 from .experts.api import fused_experts
+from .integrations.patch import patch_gpt_oss, unpatch_gpt_oss
 from .integrations.transformers import (
     patch_flash_attention,
     register_when_loaded,
@@ -15,7 +16,9 @@ __all__ = [
     "flash_attention",
     "fused_experts",
     "patch_flash_attention",
+    "patch_gpt_oss",
     "triton_flash_attention",
     "unpatch_flash_attention",
+    "unpatch_gpt_oss",
 ]
 __version__ = "0.1.0"

@@ -199,6 +199,7 @@ class ExpertsCase:
     experts: int = 5
     top_k: int = 2
     dtype: torch.dtype = torch.float32
+    size: float = 3.0  # of the pre-activation's spread: the clamp at 7 cuts some values; 0.5: none
     routing: str = "random"  # "one": all tokens on one expert; "sentinel": a third of the slots is skipped
 
     def __str__(self) -> str:
@@ -206,7 +207,7 @@ class ExpertsCase:
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
         """([x, gate_up_proj, gate_up_proj_bias, down_proj, down_proj_bias, routing_weights], router_indices): leaves
-        with grad, of a size that the activation's clamps cut some values; indices are distinct within a token."""
+        with grad; indices are distinct within a token."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape, size=1.0):
@@ -215,7 +216,7 @@ class ExpertsCase:
         experts, hidden, intermediate = self.experts, self.hidden, self.intermediate
         tensors = [
             draw(self.tokens, hidden),
-            draw(experts, hidden, 2 * intermediate, size=3 * hidden**-0.5),
+            draw(experts, hidden, 2 * intermediate, size=self.size * hidden**-0.5),
             draw(experts, 2 * intermediate),
             draw(experts, intermediate, hidden, size=intermediate**-0.5),
             draw(experts, hidden),

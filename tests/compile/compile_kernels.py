@@ -18,6 +18,7 @@ from gptoss_kernels.attention import tiles
 from gptoss_kernels.offline import compile_offline
 
 ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq", "delta_kernel": "delta"}
+LAYERS = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
 EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
 FEATURES = {
     "full": {},
@@ -31,7 +32,7 @@ def package_kernels() -> dict:
     """Every @triton.jit function of the package whose name ends in _kernel."""
     found = {}
     for module in pkgutil.walk_packages(gptoss_kernels.__path__, "gptoss_kernels."):
-        if module.name.split(".")[1] not in ("attention", "experts", "mxfp4"):
+        if module.name.split(".")[1] not in ("attention", "experts", "layers", "mxfp4"):
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, triton.runtime.jit.JITFunction) and name.endswith("_kernel"):
@@ -84,11 +85,21 @@ def experts_arguments(kernel, dtype: torch.dtype) -> dict:
     return {name: known.get(name, dtype) for name in kernel.arg_names}
 
 
+def layer_arguments(kernel, dtype: torch.dtype) -> dict:
+    """gpt-oss's shapes: hidden 2,880, 64 and 8 heads of 64, 201,088 words."""
+    known = dict(HIDDEN=2880, BLOCK_H=4096, ROWS=128, NEED_WEIGHT=True, VOCAB=201088, BLOCK=4096)
+    known |= dict(SIGN=-1, HALF=32, BLOCK_Q=64, BLOCK_K=8, labels=torch.int64, eps="fp32")
+    known |= dict.fromkeys(("rstd", "dweight_partial", "losses", "token_weights"), torch.float32)
+    known |= dict.fromkeys(("rows", "length", "q_heads", "k_heads"), "i32")
+    known |= {name: "i32:16" for name in kernel.arg_names if name.startswith("stride")}
+    return {name: known.get(name, dtype) for name in kernel.arg_names}
+
+
 def variants(name: str, capability: int):
     """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
     yield (64, half, "full")
-    if name == "delta_kernel" or name in EXPERTS:
+    if name == "delta_kernel" or name in EXPERTS | LAYERS:
         return
     yield (64, half, "window")
     if capability in (75, 80, 90, 100):
@@ -102,9 +113,10 @@ def variants(name: str, capability: int):
 
 
 def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.dtype, feature: str) -> dict:
-    if name in EXPERTS:
-        arguments = experts_arguments(kernel, dtype)
-        used = compile_offline(kernel, arguments, capability, num_warps=4, num_stages=3)
+    if name in EXPERTS | LAYERS:
+        arguments = (experts_arguments if name in EXPERTS else layer_arguments)(kernel, dtype)
+        warps = 8 if name == "cross_entropy_kernel" else 4
+        used = compile_offline(kernel, arguments, capability, num_warps=warps, num_stages=3)
         row = {"kernel": name, "capability": capability, "head_dim": head_dim, "feature": feature}
         return row | dataclasses.asdict(used)
     if name == "delta_kernel":
@@ -120,7 +132,7 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
 
 def main() -> None:
     kernels = package_kernels()
-    unknown = set(kernels) - set(ATTENTION) - EXPERTS
+    unknown = set(kernels) - set(ATTENTION) - EXPERTS - LAYERS
     if unknown:
         raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
     for capability in map(int, sys.argv[1:]):

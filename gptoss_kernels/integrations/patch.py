@@ -1,0 +1,162 @@
+"""The parts of a gpt-oss model that exists already, through this package's kernels: a switch each, and a way back."""
+
+import types
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from ..backends import default_backend
+from .transformers import NAME, register
+
+PARTS = ("attention", "experts", "rms_norm", "rope", "lora")
+
+_before: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+_rope_models: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+_original_rope: Callable | None = None
+
+
+def patch_gpt_oss(
+    model: torch.nn.Module,
+    *,
+    attention: bool = True,
+    experts: bool = True,
+    rms_norm: bool = True,
+    rope: bool = True,
+    lora: bool = True,
+) -> torch.nn.Module:
+    """Runs the parts of a gpt-oss model through this package's kernels, where their backend is Triton.
+
+    Args:
+        model: a gpt-oss model of Transformers, bare or inside PEFT; changed in place. Patching it again changes the
+            parts that are asked for now and leaves none of the earlier patch.
+        attention: attn_implementation="gptoss_triton".
+        experts: experts_implementation="gptoss_triton".
+        rms_norm: the norms in one kernel, forward and backward.
+        rope: the rotary embedding of queries and keys in one kernel; one function serves all gpt-oss models of the
+            process, patched or not, and gives them the same numbers but for rounding.
+        lora: PEFT's plain LoRA on linear layers as one function that neither casts the tokens to fp32 nor copies
+            them. Layers with dropout, merged or several adapters, or a variant, keep PEFT's own.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: model holds no gpt-oss.
+    """
+    from transformers.models.gpt_oss import modeling_gpt_oss as modeling
+
+    base = _base(model, modeling)
+    unpatch_gpt_oss(model)
+    register()
+    config = base.config
+    _before[base] = {"attention": config._attn_implementation, "experts": config._experts_implementation}
+    if attention:
+        base.set_attn_implementation(NAME)
+    if experts:
+        base.set_experts_implementation(NAME)
+    for module in model.modules():
+        if rms_norm and isinstance(module, modeling.GptOssRMSNorm):
+            module.forward = types.MethodType(_rms_norm_forward, module)
+        elif lora and _is_lora_linear(module):
+            module.forward = types.MethodType(_lora_forward, module)
+    if rope:
+        _rope_models.add(base)
+        _patch_rope(modeling)
+    return model
+
+
+def unpatch_gpt_oss(model: torch.nn.Module) -> torch.nn.Module:
+    """Puts back what `patch_gpt_oss` replaced in the model; without a patch it changes nothing."""
+    from transformers.models.gpt_oss import modeling_gpt_oss as modeling
+
+    base = _base(model, modeling)
+    before = _before.pop(base, None)
+    if before is None:
+        return model
+    if base.config._attn_implementation != before["attention"]:
+        base.set_attn_implementation(before["attention"])
+    if base.config._experts_implementation != before["experts"]:
+        base.set_experts_implementation(before["experts"])
+    for module in model.modules():
+        if getattr(vars(module).get("forward"), "__func__", None) in (_rms_norm_forward, _lora_forward):
+            del module.forward
+    _rope_models.discard(base)
+    if not _rope_models:
+        _unpatch_rope(modeling)
+    return model
+
+
+def _base(model: torch.nn.Module, modeling) -> torch.nn.Module:
+    for module in model.modules():
+        if isinstance(module, modeling.GptOssPreTrainedModel):
+            return module
+    raise ValueError(f"model: expected a gpt-oss model of Transformers, got {type(model).__name__}")
+
+
+# ----------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+def _rms_norm_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    if default_backend(hidden_states) != "triton":
+        return type(self).forward(self, hidden_states)
+    from ..layers.rms_norm import rms_norm
+
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+# -------------------------------------------------------------------------------------------------------------- RoPE
+
+
+def _rope(q, k, cos, sin, unsqueeze_dim=1):
+    if unsqueeze_dim != 1 or q.shape[-1] not in (16, 32, 64, 128) or default_backend(q) != "triton":
+        return _original_rope(q, k, cos, sin, unsqueeze_dim)
+    from ..layers.rope import apply_rope
+
+    return apply_rope(q, k, cos, sin)
+
+
+def _patch_rope(modeling) -> None:
+    global _original_rope
+    if modeling.apply_rotary_pos_emb is not _rope:
+        _original_rope = modeling.apply_rotary_pos_emb
+        modeling.apply_rotary_pos_emb = _rope
+
+
+def _unpatch_rope(modeling) -> None:
+    if modeling.apply_rotary_pos_emb is _rope:
+        modeling.apply_rotary_pos_emb = _original_rope
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def _is_lora_linear(module: torch.nn.Module) -> bool:
+    # By name, so that PEFT need not be installed.
+    return type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "Linear"
+
+
+def _lora_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    names = [name for name in self.active_adapters if name in self.lora_A]
+    plain = (
+        not args
+        and not kwargs
+        and not self.disable_adapters
+        and not self.merged
+        and len(names) == 1
+        and names[0] not in self.lora_variant
+        and isinstance(self.lora_dropout[names[0]], torch.nn.Identity)
+        and self.lora_A[names[0]].bias is None
+        and self.lora_B[names[0]].bias is None
+        and type(self.base_layer) is torch.nn.Linear
+        and not self.base_layer.weight.requires_grad
+        and (self.base_layer.bias is None or not self.base_layer.bias.requires_grad)
+    )
+    if not plain:
+        return type(self).forward(self, x, *args, **kwargs)
+    from ..layers.lora import lora_linear
+
+    (name,) = names
+    layer = self.base_layer
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    return lora_linear(x, layer.weight, layer.bias, a, b, self.scaling[name])
