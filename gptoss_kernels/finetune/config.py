@@ -20,7 +20,15 @@ class ModelArguments(ModelConfig):
         metadata={"help": "Attention: gptoss_triton, or any name that Transformers knows. Packing needs an exact one."},
     )
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "Mixture-of-experts implementation. Default: what Transformers chooses."}
+        default="gptoss_triton",
+        metadata={"help": "Mixture of experts: gptoss_triton, or any name that Transformers knows; none: its choice."},
+    )
+    fused_layers: bool = field(
+        default=True,
+        metadata={
+            "help": "RMSNorm, rotary embedding, plain LoRA and the loss through this package's kernels, where they run "
+            "on Triton. The numbers are the same but for rounding."
+        },
     )
     model_init: str = field(
         default="pretrained",
@@ -75,6 +83,15 @@ class RunArguments:
     overwrite: bool = field(
         default=False,
         metadata={"help": "Start anew where output_dir holds an earlier run, and delete its checkpoints."},
+    )
+    recomputation: str = field(
+        default="auto",
+        metadata={
+            "help": "With gradient_checkpointing, what is computed again: lean: all but the routing; fast: nothing of "
+            "attention's and the experts' inner results, which stay in memory; auto: as many layers are fast as the "
+            "GPU's memory allows.",
+            "choices": ["lean", "auto", "fast"],
+        },
     )
     sample_prompt: str | None = field(
         default=None, metadata={"help": "Question to answer before and after training, as a look at the model."}

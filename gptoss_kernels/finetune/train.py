@@ -8,11 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer, get_peft_config
 
+from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
 
 from .config import Arguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, bigram_entropy, load_splits, load_tokenizer
 from .errors import SetupError
+from .loss import fuse_loss
 from .model import build_random, count_parameters, load_checkpoint, load_config
 from .preflight import (
     check_memory,
@@ -23,6 +25,7 @@ from .preflight import (
     memory_floor,
     optimizer_state_bytes,
 )
+from .recompute import Recomputation
 from .report import Speed, plot_loss, write_log
 from .sample import reply
 
@@ -106,6 +109,12 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         peft_config=get_peft_config(model_args),
         callbacks=[speed, *callbacks],
     )
+    if model_args.fused_layers:
+        patch_gpt_oss(trainer.model, attention=False, experts=False)
+        fuse_loss(model)
+    if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
+        tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
+        trainer.add_callback(Recomputation(model, run_args.recomputation, tokens))
     queries = torch.empty(0, device=training.device, dtype=torch.bfloat16 if training.bf16 else model.dtype)
     attention = f"attention {model_args.attn_implementation}"
     if model_args.attn_implementation == "gptoss_triton":

@@ -28,6 +28,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention.api import flash_attention
+from ..backends import default_backend
 from ..experts.api import fused_experts
 from .register import after_import
 
@@ -191,6 +192,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts function behind `experts_implementation="gptoss_triton"`, in Transformers' signature.
 
+    Where Triton does not run (see `fused_experts`, backend="auto"), Transformers' own grouped_mm computes the same.
+
     Args:
         module: gpt-oss's experts, with its four parameters, alpha and limit.
         hidden_states: (tokens, hidden).
@@ -208,6 +211,11 @@ def experts_forward(
             f'experts_implementation="{NAME}": expected gpt-oss\'s experts (interleaved gate and up columns, biases, '
             f"clamped SwiGLU), got {type(module).__name__}"
         )
+    if default_backend(hidden_states) != "triton":
+        # Every expert on every token would be the definition, not a way to train.
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        return grouped_mm_experts_forward(module, hidden_states, router_indices, routing_weights)
     return fused_experts(
         hidden_states,
         module.gate_up_proj,

@@ -87,9 +87,9 @@ def experts_arguments(kernel, dtype: torch.dtype) -> dict:
 
 def layer_arguments(kernel, dtype: torch.dtype) -> dict:
     """gpt-oss's shapes: hidden 2,880, 64 and 8 heads of 64, 201,088 words."""
-    known = dict(HIDDEN=2880, BLOCK_H=4096, ROWS=128, NEED_WEIGHT=True, VOCAB=201088, BLOCK=4096)
-    known |= dict(SIGN=-1, HALF=32, BLOCK_Q=64, BLOCK_K=8, labels=torch.int64, eps="fp32")
-    known |= dict.fromkeys(("rstd", "dweight_partial", "losses", "token_weights"), torch.float32)
+    known = dict(HIDDEN=2880, BLOCK_H=4096, ROWS=128, NEED_WEIGHT=True, NEED_GRAD=True, VOCAB=201088, BLOCK=4096)
+    known |= dict(SIGN=-1, HALF=32, BLOCK_Q=64, BLOCK_K=8, labels=torch.int64, top1=torch.bool, eps="fp32")
+    known |= dict.fromkeys(("rstd", "dweight_partial", "losses", "entropies"), torch.float32)
     known |= dict.fromkeys(("rows", "length", "q_heads", "k_heads"), "i32")
     known |= {name: "i32:16" for name in kernel.arg_names if name.startswith("stride")}
     return {name: known.get(name, dtype) for name in kernel.arg_names}

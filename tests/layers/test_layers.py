@@ -94,29 +94,38 @@ def test_lora_linear(bias, dtype):
 @pytest.mark.parametrize("vocab", [7, 301, 5000])
 def test_loss(vocab, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 4)  # several chunks, the last one short
-    hidden, weight = draw(9, 24), draw(vocab, 24, seed=1)
+    hidden, weight = draw(9, 24), draw(vocab, 24, seed=1, grad=False)
     labels = torch.arange(9, device=DEVICE) * (vocab // 9)
-    labels[2] = labels[7] = -100
     token_weights = draw(9, seed=2, grad=False).abs()
-    got = linear_cross_entropy(hidden, weight, labels, token_weights)
-    exact = doubles(hidden, weight)
-    losses = F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="none", ignore_index=-100)
-    want = (losses * token_weights.double()).sum()
-    grads = torch.autograd.grad(3 * got, [hidden, weight])
-    compare([got, *grads], [want, *torch.autograd.grad(3 * want, exact)], torch.float32)
-    assert (grads[0][2] == 0).all(), "a masked token has a gradient"
-    (alone,) = torch.autograd.grad(3 * linear_cross_entropy(hidden, weight.detach(), labels, token_weights), hidden)
-    assert torch.equal(alone, grads[0])
+    losses, entropies, top1 = linear_cross_entropy(hidden, weight, labels)
+    (exact,) = doubles(hidden)
+    logits = exact @ weight.double().T
+    want = F.cross_entropy(logits, labels, reduction="none")
+    (grad,) = torch.autograd.grad((losses * token_weights).sum(), hidden)
+    (want_grad,) = torch.autograd.grad((want * token_weights.double()).sum(), exact)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    compare([losses, grad, entropies], [want, want_grad, entropy], torch.float32)
+    assert torch.equal(top1, logits.argmax(-1) == labels) or vocab == 7
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels)[0], losses)
+
+
+def test_loss_of_the_likeliest_word():
+    hidden = torch.eye(3, 24, device=DEVICE)
+    weight = torch.eye(5, 24, device=DEVICE)
+    labels = torch.tensor([0, 1, 4], device=DEVICE)
+    assert linear_cross_entropy(hidden, weight, labels)[2].tolist() == [True, True, False]
 
 
 def test_loss_survives_large_logits_and_no_labels():
-    hidden, weight = 300 * draw(4, 24), draw(50, 24, seed=1)
+    hidden, weight = 300 * draw(4, 24), draw(50, 24, seed=1, grad=False)
     labels = torch.tensor([0, 1, 2, 3], device=DEVICE)
-    want = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels).double(), want, rtol=1e-5, atol=1e-3)
-    nothing = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
-    assert nothing == 0
-    nothing.backward()  # every process of a distributed run takes the same part in the backward pass
+    want = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="none")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels)[0].double(), want, rtol=1e-5, atol=1e-3)
+    losses, _, _ = linear_cross_entropy(hidden[:0], weight, labels[:0])
+    losses.sum().backward()  # every process of a distributed run takes the same part in the backward pass
+    with pytest.raises(ValueError, match="weight: expected a frozen LM head"):
+        linear_cross_entropy(hidden, weight.requires_grad_(), labels)
 
 
 def test_opcheck():
@@ -131,7 +140,7 @@ def test_opcheck():
     q, k = draw(1, 4, 5, 16, grad=False), draw(1, 2, 5, 16, grad=False)
     cos = draw(1, 5, 8, grad=False)
     torch.library.opcheck(ops.rope.default, (q, k, cos, cos, True))
-    labels, token_weights = torch.tensor([1, 2, 3, 4, 5], device=DEVICE), torch.ones(5, device=DEVICE)
-    for need_hidden, need_weight in ((True, True), (True, False), (False, False)):
-        arguments = (x, draw(40, 24, grad=False), labels, token_weights, need_hidden, need_weight)
+    labels = torch.tensor([1, 2, 3, 4, 5], device=DEVICE)
+    for need_grad in (True, False):
+        arguments = (x, draw(40, 24, grad=False), labels, need_grad)
         torch.library.opcheck(ops.linear_cross_entropy.default, arguments)

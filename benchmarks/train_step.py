@@ -1,0 +1,245 @@
+"""Speed, peak memory and where the time goes of one LoRA training step of gpt-oss, on random weights of real shapes.
+
+python benchmarks/train_step.py                       ours, lean and as fast as memory allows, 8,192 and 16,384 tokens
+python benchmarks/train_step.py --variants ours:auto,flex,flash_attention_4,eager --lengths 4096,8192,16384,32768
+
+A step is the whole step: one document of the full length, copied to the GPU, forward, backward, clipping, AdamW.
+Variants:
+  ours:lean|auto|fast  patch_gpt_oss and the fused loss; what is kept for the backward pass as sft.py's recomputation
+  flex, flash_attention_4   that attention, Transformers' grouped_mm, Liger's fused linear cross-entropy
+  eager                     eager attention, grouped_mm, full logits
+All with gradient checkpointing, LoRA r=8 on q, k, v, o, bf16 weights, autocast as Trainer uses it. Random routing is
+nearly balanced: the load (max over mean) is in the row.
+"""
+
+import argparse
+import gc
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from gptoss_kernels import patch_gpt_oss, unpatch_gpt_oss
+from gptoss_kernels.testing import SHAPES, random_gpt_oss
+
+COLUMNS = [
+    "variant", "model", "layers", "tokens", "tokens_per_second", "step_ms", "step_p20_ms", "step_p80_ms", "peak_gib",
+    "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms", "idle_ms",
+    "kept_attention", "kept_experts", "load_max_over_mean", "loss", "packages",
+    "gpu", "torch", "triton", "transformers", "date", "commit",
+]  # fmt: skip
+SHOWN = COLUMNS[:1] + COLUMNS[3:6] + COLUMNS[8:20]
+
+# GPU kernels by name; the first pattern that is found decides. GEMMs are those of projections and the LM head.
+PARTS = {
+    "grouped_gemm_ms": r"GroupProblemShape|grouped",
+    "attention_ms": r"^(forward|dkdv|dq|delta)_kernel|flash|flex|Flash|FLASH|softmax|triton_tem_fused|cutlass.*[Aa]ttn",
+    "loss_ms": r"cross_entropy|liger_",
+    "gemm_ms": r"nvjet|gemm|cutlass|splitKreduce",
+    "experts_ms": r"^(activation|combine|expert_sum)|gather_kernel|radix_sort|RadixSort|topk|TopK|searchsorted",
+    "norm_rope_ms": r"^(rms_norm|rope)",
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--variants", default="ours:lean,ours:auto", help="of ours:lean, ours:auto, ours:fast, flex, eager, "
+        "flash_attention_4")  # fmt: skip
+    add("--lengths", default="8192,16384", help="tokens")
+    add("--model", default="gpt-oss-20b", choices=list(SHAPES))
+    add("--layers", type=int, help="fewer than the model's, to try the script")
+    add("--steps", type=int, default=8, help="timed steps, >= 2")
+    add("--output", type=Path, default=Path(__file__).parent / "results" / "train_step.csv", help="rows go here")
+    options = parser.parse_args(arguments)
+    options.variants = options.variants.split(",")
+    for variant in options.variants:
+        if not re.fullmatch(r"ours:(lean|auto|fast)|flex|eager|flash_attention_4", variant):
+            parser.error(f"--variants: expected ours:lean, ours:auto, ours:fast, flex, flash_attention_4 or eager, "
+                         f"got {variant!r}")  # fmt: skip
+    try:
+        options.lengths = [int(part) for part in options.lengths.split(",")]
+    except ValueError:
+        parser.error(f"--lengths: expected integers with commas between, got {options.lengths!r}")
+    if options.steps < 2:
+        parser.error(f"--steps: expected >= 2, got {options.steps}")
+    options.layers = options.layers or SHAPES[options.model]["num_hidden_layers"]
+    return options
+
+
+def model_flops(config, tokens: int) -> float:
+    """FLOPs that a LoRA step needs: products of active, frozen weights forward and for the gradient of their input,
+    attention over the keys that each layer's window lets through, forward and 2.5 times that backward."""
+    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    layer = hidden * (2 * width + 2 * kv) + 3 * config.num_experts_per_tok * hidden * config.intermediate_size
+    layer += hidden * config.num_local_experts
+    weights = config.num_hidden_layers * layer + config.vocab_size * hidden
+    pairs = 0
+    for kind in config.layer_types:
+        window = min(config.sliding_window, tokens) if kind == "sliding_attention" else tokens
+        pairs += window * (window + 1) // 2 + (tokens - window) * window
+    return 4.0 * weights * tokens + 3.5 * 4.0 * width * pairs
+
+
+class Step:
+    """One variant of the training step, set up on the model."""
+
+    def __init__(self, variant: str, peft_model, tokens: int):
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
+
+        self.variant, self.model, self.tokens = variant, peft_model, tokens
+        self.base = next(module for module in peft_model.modules() if isinstance(module, GptOssForCausalLM))
+        self.kept = (None, None)
+        unpatch_gpt_oss(peft_model)
+        peft_model.train()
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if variant.startswith("ours"):
+            from gptoss_kernels.layers.loss import linear_cross_entropy
+
+            patch_gpt_oss(peft_model)
+            self.criterion = linear_cross_entropy
+            self.recompute(variant.partition(":")[2])
+        else:
+            self.base.set_attn_implementation({"flex": "flex_attention"}.get(variant, variant))
+            self.base.set_experts_implementation("grouped_mm")
+            if variant != "eager":
+                from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+                self.criterion = liger_fused_linear_cross_entropy
+        trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+        self.trained, self.optimizer = trained, torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        vocab = self.base.config.vocab_size
+        self.batches = [torch.randint(0, vocab, (1, tokens), generator=generator).pin_memory() for _ in range(3)]
+
+    def recompute(self, mode: str) -> None:
+        from gptoss_kernels.finetune.recompute import Recomputation
+
+        chooser = Recomputation(self.base, mode, self.tokens)
+        chooser.apply(*((len(chooser.layers),) * 2 if mode == "fast" else (0, 0)))
+        if mode == "auto":
+            self.__dict__["auto"] = chooser
+        self.kept = chooser.attention, chooser.experts
+
+    def settle(self) -> None:
+        """After the first step: what its peak leaves free is used."""
+        if chooser := self.__dict__.pop("auto", None):
+            chooser.use_free_memory(torch.device("cuda"))
+            self.kept = chooser.attention, chooser.experts
+
+    def __call__(self, n: int) -> torch.Tensor:
+        ids = self.batches[n % 3].to("cuda", non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            if self.variant == "eager":
+                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            else:
+                hidden = self.base.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+                loss = self.criterion(hidden, self.base.lm_head.weight, ids[0, 1:])
+                loss = loss[0].mean() if self.variant.startswith("ours") else loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def measure(step: Step, options: argparse.Namespace) -> dict:
+    """Median time of a step, its peak memory, and its parts by the profiler."""
+    device = torch.device("cuda")
+    step(0)
+    step.settle()
+    step(1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for n in range(options.steps):
+        start = time.perf_counter()
+        loss = step(n)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    median, p20, p80 = harness.percentiles(times)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(0)
+        torch.cuda.synchronize()
+    parts = dict.fromkeys([*PARTS, "other_ms"], 0.0)
+    top = []
+    for event in profile.key_averages():
+        if event.device_type.name != "CUDA" or event.key.startswith("aten::"):
+            continue
+        name = next((part for part, pattern in PARTS.items() if re.search(pattern, event.key)), "other_ms")
+        parts[name] += event.self_device_time_total / 1e3
+        top.append((event.self_device_time_total / 1e3, event.count, event.key[:90]))
+    parts["idle_ms"] = max(0.0, median - sum(parts.values()))
+    print(f"{step.variant}, {step.tokens} tokens: top ten of {sum(t for t, _, _ in top):.0f} ms")
+    for ms, count, name in sorted(top, reverse=True)[:10]:
+        print(f"  {ms:8.2f} ms  {count:5d}x  {name}")
+    flops = model_flops(step.base.config, step.tokens)
+    return {
+        "tokens_per_second": round(step.tokens / median * 1e3), "step_ms": median, "step_p20_ms": p20,
+        "step_p80_ms": p80, "peak_gib": peak, "mfu": flops / median / 1e-3 / 989e12, **parts,
+        "kept_attention": step.kept[0], "kept_experts": step.kept[1], "loss": loss.item(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def load(base, tokens: int) -> float:
+    """Largest over mean number of tokens of an expert in the first layer."""
+    loads = []
+    handle = base.model.layers[0].mlp.router.register_forward_hook(lambda module, args, out: loads.append(out[2]))
+    base.model(input_ids=torch.randint(0, base.config.vocab_size, (1, tokens), device="cuda"), use_cache=False)
+    handle.remove()
+    count = torch.bincount(loads[0].flatten(), minlength=base.config.num_local_experts).float()
+    return (count.max() / count.mean()).item()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/train_step.py: expected a CUDA GPU, got none")
+    from peft import LoraConfig, get_peft_model
+
+    origin = harness.provenance(torch.device("cuda"))
+    print(" · ".join(f"{key} {value}" for key, value in origin.items()))
+    model = random_gpt_oss(
+        options.model, device="cuda", dtype=torch.bfloat16, attn_implementation="gptoss_triton",
+        experts_implementation="gptoss_triton", num_hidden_layers=options.layers,
+    )  # fmt: skip
+    model.enable_input_require_grads()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    peft_model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    balance = load(model, 4096)
+    packages = {"peft": "", "liger-kernel": "", "flash-attn-4": ""}
+    packages = " ".join(f"{name} {harness.version(name)}" for name in packages if harness.version(name))
+    rows = []
+    for tokens in options.lengths:
+        for variant in options.variants:
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                result = measure(Step(variant, peft_model, tokens), options)
+            except Exception as error:  # running out of memory is what eager does; ours must not
+                peft_model.zero_grad(set_to_none=True)
+                if variant.startswith("ours"):
+                    raise
+                print(f"{variant}: {tokens} tokens: no row, {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+                continue
+            row = {
+                "variant": variant, "model": options.model, "layers": options.layers, "tokens": tokens, **result,
+                "load_max_over_mean": balance, "packages": packages, **origin,
+            }  # fmt: skip
+            rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
+            harness.append_rows(options.output, COLUMNS, rows[-1:])
+            print(harness.table(SHOWN, rows[-1:]), flush=True)
+    print(f"\n{harness.table(SHOWN, rows)}\n\n{len(rows)} rows appended to {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

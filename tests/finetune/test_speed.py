@@ -1,0 +1,117 @@
+"""The fused loss is TRL's, and a layer that keeps results instead of computing them again gives the same gradients."""
+
+import copy
+
+import pytest
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from gptoss_kernels.finetune.loss import fuse_loss
+from gptoss_kernels.finetune.recompute import ATTENTION, EXPERTS, ROUTING, Recomputation, bytes_kept, keep
+from gptoss_kernels.lane import triton_mode
+from gptoss_kernels.testing import random_gpt_oss
+
+FIELDS = ("log_probs", "entropy", "is_top1")
+
+
+@pytest.fixture(scope="module")
+def model():
+    kernels = {"attn_implementation": "gptoss_triton", "experts_implementation": "gptoss_triton"}
+    return random_gpt_oss(num_hidden_layers=2, seed=7, **kernels)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 256, (1, 24), generator=generator)
+    labels = input_ids.clone()
+    labels[:, 5:9] = -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def prepared(model, frozen=True):
+    model = copy.deepcopy(model)
+    add_fused_lm_head(model, outputs=FIELDS)
+    model.lm_head.weight.requires_grad_(not frozen)
+    return model
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    if triton_mode() == "compiler":
+        pytest.skip("this process runs kernels on the GPU, and the model is on the CPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_loss_is_trls(kernels, model, batch):
+    trl, ours = prepared(model), prepared(model)
+    fuse_loss(ours)
+    got, want = (m(**batch, fused_lm_head=True) for m in (ours, trl))
+    for name in (*FIELDS, "loss"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.label_mask, want.label_mask)
+    got.log_probs.sum().backward()
+    want.log_probs.sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), trl.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert ours(**batch).logits.shape == (1, 24, 256)  # calls without the flag are the model's own
+
+
+def test_a_batch_without_labels(kernels, model, batch):
+    ours = prepared(model)
+    fuse_loss(ours)
+    out = ours(input_ids=batch["input_ids"], labels=torch.full_like(batch["labels"], -100), fused_lm_head=True)
+    assert out.loss == 0
+    out.loss.backward()
+
+
+def test_a_trained_head_goes_to_trl(model, batch, monkeypatch):
+    ours = prepared(model, frozen=False)
+    fuse_loss(ours)
+    monkeypatch.setattr("gptoss_kernels.layers.loss.linear_cross_entropy", None)
+    ours(**batch, fused_lm_head=True).loss.backward()
+    assert ours.lm_head.weight.grad.norm() > 0
+
+
+def run(model, batch, calls):
+    """Gradients of one step, and how often attention and the experts ran."""
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls[function.name()] = calls.get(function.name(), 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    model.zero_grad()
+    with Count():
+        model(**batch, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("operators", "attention", "experts"),
+    [(frozenset(), 4, 4), (ROUTING, 4, 4), (ROUTING | ATTENTION, 2, 4), (ROUTING | ATTENTION | EXPERTS, 2, 2)],
+)
+def test_what_is_kept_is_not_computed_again(kernels, model, batch, operators, attention, experts):
+    model = copy.deepcopy(model)
+    want = run(model, batch, {})
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.model.layers:
+        keep(layer, operators)
+    calls = {}
+    got = run(model, batch, calls)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert calls["gptoss_kernels::attention_forward"] == attention
+    assert calls["gptoss_kernels::experts_forward"] == experts
+    assert calls["aten::topk"] == (2 if operators else 4)
+
+
+def test_what_fits(model):
+    chooser = Recomputation(model, "auto", tokens=100)
+    attention, experts = bytes_kept(model.config, 100, 4)
+    assert attention == 100 * 4 * (16 * 4 + 4)  # out and lse of four heads of 16
+    assert chooser.fit(0) == chooser.fit(-5) == (0, 0)
+    assert chooser.fit(attention) == (1, 0)
+    assert chooser.fit(2 * attention + experts) == (2, 1)
+    assert chooser.fit(10**9) == (2, 2)
