@@ -126,6 +126,12 @@ def check_online_update(function: Callable) -> None:
         raise Mistake("every row has a sum of its own: reduce over the keys (the last dimension) only")
     _compare(got, (added, new_max, summed), "row")
 
+    # The maximum is there for this: exp(1000) is not a number that a float can hold.
+    shifted = (acc, running_max + 1000, running_sum, scores + 1000, v_tile)
+    after = _state(function(*_copies(shifted)), (added, new_max, summed))
+    if not _equal(after, (added, new_max + 1000, summed)):
+        raise Mistake("large scores overflow: only differences from the new maximum may meet exp")
+
     # Row 0 sees none of the tile's keys, in its first tile and later.
     masked = scores.clone()
     masked[0] = float("-inf")
@@ -138,12 +144,6 @@ def check_online_update(function: Callable) -> None:
                     f"a row whose scores are all -inf must keep its state: expected {name} {y[0].tolist()} as before, "
                     f"got {x[0].tolist()}"
                 )
-
-    # The maximum is there for this: exp(1000) is not a number that a float can hold.
-    shifted = (acc, running_max + 1000, running_sum, scores + 1000, v_tile)
-    after = _state(function(*_copies(shifted)), (added, new_max, summed))
-    if not _equal(after, (added, new_max + 1000, summed)):
-        raise Mistake("large scores overflow: only differences from the new maximum may meet exp")
 
     batched = (acc.expand(2, 3, 2), running_max.expand(2, 3), running_sum.expand(2, 3), scores.expand(2, 3, 4))
     after = function(*_copies((*batched, v_tile.expand(2, 4, 2))))
@@ -209,15 +209,16 @@ def check_merge_states(function: Callable) -> None:
             raise Mistake(message)
     _compare(got, (acc, new_max, total), "row")
 
+    shifted = [(x, m + 1000, s) for x, m, s in (first, second)]
+    if not _equal(_state(function(*map(_copies, shifted)), first), (acc, new_max + 1000, total)):
+        raise Mistake("large maxima overflow: only differences of maxima may meet exp")
+
     empty = torch.zeros(3, 2).double(), torch.full((3,), LOWEST).double(), torch.zeros(3).double()
     for a, b, name in ((first, empty, "second"), (empty, first, "first")):
         if not _equal(_state(function(_copies(a), _copies(b)), first), first):
             raise Mistake(f"where the {name} state is the empty one (no key yet), the result must be the other state")
     if not _equal(_state(function(_copies(empty), _copies(empty)), first), empty):
         raise Mistake("two empty states must give the empty state: acc = 0, running_sum = 0 and no NaN")
-    shifted = [(x, m + 1000, s) for x, m, s in (first, second)]
-    if not _equal(_state(function(*map(_copies, shifted)), first), (acc, new_max + 1000, total)):
-        raise Mistake("large maxima overflow: only differences of maxima may meet exp")
 
 
 # ------------------------------------------------------------------------------------------ recover_probabilities
