@@ -1,5 +1,7 @@
 """Matplotlib as the course uses it: colour-blind-safe, and readable in Jupyter's light and dark themes."""
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
@@ -128,3 +130,34 @@ def roofline(ax: Axes, peak_tflops: float, bandwidth_gbs: float, points: dict[st
         ax.plot(intensity, reached, marker, color=colour, markersize=8, markeredgecolor="black", label=name)
     ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", xlim=(left, right))
     ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def computation_graph(
+    ax: Axes, places: dict[str, tuple[float, float]], edges: Iterable[str], gradients: dict[str, tuple[str, str]]
+) -> None:
+    """Draws values flowing along solid arrows and their gradients flowing back along dashed ones.
+
+    Args:
+        ax: where to draw.
+        places: name of a node -> (x, y), about one unit apart.
+        edges: "from to", names of nodes.
+        gradients: name of a node -> (side, formula of its gradient), side "left", "above" or "below".
+    """
+    for start, end in (edge.split() for edge in edges):
+        for tail, head, look, up in ((start, end, "-", 0.05), (end, start, "--", -0.05)):
+            (x0, y0), (x1, y1) = places[tail], places[head]
+            arrow = dict(arrowstyle="->", linestyle=look, shrinkA=13, shrinkB=13)
+            arrow["color"] = "black" if look == "-" else OKABE_ITO[3]
+            ax.annotate("", (x1, y1 + up), (x0, y0 + up), arrowprops=arrow)
+    for name, (x, y) in places.items():
+        ax.text(x, y, name, ha="center", va="center", bbox=dict(boxstyle="circle", facecolor="white"))
+    sides = {"left": (-0.3, 0, "right", "center"), "above": (0, 0.28, "center", "bottom")}
+    sides["below"] = (0, -0.28, "center", "top")
+    for name, (side, formula) in gradients.items():
+        x, y, ha, va = sides[side]
+        ax.text(places[name][0] + x, places[name][1] + y, formula, ha=ha, va=va, color=OKABE_ITO[3], fontsize=11)
+    xs, ys = zip(*places.values(), strict=True)
+    room = 2.4 if any(side == "left" for side, _ in gradients.values()) else 0.4
+    ax.set(xlim=(min(xs) - room, max(xs) + 0.4), ylim=(min(ys) - 0.3, max(ys) + 0.6))
+    ax.set_title("solid: values, dashed: gradients")
+    ax.axis("off")

@@ -50,3 +50,15 @@ def test_roofline_has_its_ridge_where_both_limits_meet():
     assert [line.get_label() for line in points] == ["softmax", "attention"]
     assert len({line.get_marker() for line in points}) == 2
     plt.close()
+
+
+def test_computation_graph():
+    _, ax = plt.subplots()
+    places = {"x": (0, 0), "y": (1, 0.5), "loss": (2, 0)}
+    plots.computation_graph(ax, places, ["x y", "y loss"], {"x": ("left", "$dx$"), "y": ("above", "$dy$")})
+    texts = {text.get_text(): text.get_position() for text in ax.texts if text.get_text()}
+    assert set(texts) == {"x", "y", "loss", "$dx$", "$dy$"}
+    assert texts["$dx$"][0] < places["x"][0] and texts["$dy$"][1] > places["y"][1]
+    arrows = [text.arrow_patch for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert sorted(arrow.get_linestyle() for arrow in arrows) == ["-", "-", "--", "--"]  # there and back
+    plt.close()
