@@ -6,6 +6,7 @@ see them as opaque calls with known output shapes.
 
 import torch
 
+from ..keep import kept
 from ..lane import interpreting, triton_mode
 from .backward import launch_backward
 from .forward import launch_forward
@@ -80,9 +81,8 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, sinks, scale, slidin
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
-        out, lse = torch.ops.gptoss_kernels.attention_forward(
-            q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask
-        )
+        arguments = (q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
+        out, lse = kept("attention", lambda: torch.ops.gptoss_kernels.attention_forward(*arguments))
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask)
         ctx.scale, ctx.sliding_window = scale, sliding_window
         ctx.set_materialize_grads(False)

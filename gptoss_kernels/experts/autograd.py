@@ -5,6 +5,7 @@ Kept for the backward pass: x, the pre-activation and the routing. Each gradient
 
 import torch
 
+from ..keep import kept
 from .backward import expert_sum, launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
 from .routing import Routing, grouped_outer, grouped_product, route
@@ -12,8 +13,12 @@ from .routing import Routing, grouped_outer, grouped_product, route
 _parameters = "Tensor gate_up_proj, Tensor gate_up_proj_bias, Tensor down_proj, Tensor down_proj_bias"
 torch.library.define(
     "gptoss_kernels::experts_forward",
-    f"(Tensor x, {_parameters}, Tensor router_indices, Tensor routing_weights, float alpha, float limit)"
-    " -> (Tensor y, Tensor hidden, Tensor token, Tensor slot, Tensor expert, Tensor row, Tensor ends)",
+    f"(Tensor x, {_parameters}, Tensor router_indices, Tensor routing_weights, Tensor token, Tensor expert, Tensor row,"
+    " Tensor ends, float alpha, float limit) -> (Tensor y, Tensor hidden)",
+)
+torch.library.define(
+    "gptoss_kernels::route",
+    "(Tensor router_indices, int experts) -> (Tensor token, Tensor slot, Tensor expert, Tensor row, Tensor ends)",
 )
 torch.library.define(
     "gptoss_kernels::experts_backward",
@@ -24,27 +29,33 @@ torch.library.define(
 )
 
 
+@torch.library.impl("gptoss_kernels::route", "default")
+def _route(router_indices, experts):
+    return tuple(route(router_indices, experts))
+
+
+@torch.library.register_fake("gptoss_kernels::route")
+def _route_fake(router_indices, experts):
+    tokens, top_k = router_indices.shape
+    whole = lambda *shape, dtype=torch.int32: router_indices.new_empty(shape, dtype=dtype)  # noqa: E731
+    rows = tokens * top_k
+    return whole(rows), whole(rows, dtype=torch.int64), whole(rows), whole(tokens, top_k), whole(experts)
+
+
 @torch.library.impl("gptoss_kernels::experts_forward", "default")
-def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
-    experts, _, width = w1.shape
-    routing = route(router_indices, experts)
-    hidden = grouped_product(gather(x, routing.token), w1, routing.ends)
-    act = x.new_empty(hidden.shape[0], width // 2)
-    launch_activation(hidden, b1, routing.expert, act, alpha, limit)
-    down = grouped_product(act, w2, routing.ends)
+def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, token, expert, row, ends, alpha, limit):
+    hidden = grouped_product(gather(x, token), w1, ends)
+    act = x.new_empty(hidden.shape[0], w1.shape[2] // 2)
+    launch_activation(hidden, b1, expert, act, alpha, limit)
+    down = grouped_product(act, w2, ends)
     y = torch.empty_like(x)
-    launch_combine(down, b2, routing_weights, routing.row, router_indices, y, experts)
-    return y, hidden, *routing
+    launch_combine(down, b2, routing_weights, row, router_indices, y, w1.shape[0])
+    return y, hidden
 
 
 @torch.library.register_fake("gptoss_kernels::experts_forward")
-def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
-    tokens, top_k = router_indices.shape
-    rows = tokens * top_k
-    whole = lambda *shape: router_indices.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    slot = router_indices.new_empty(rows, dtype=torch.int64)
-    hidden = x.new_empty(rows, w1.shape[2])
-    return torch.empty_like(x), hidden, whole(rows), slot, whole(rows), whole(tokens, top_k), whole(w1.shape[0])
+def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, token, expert, row, ends, alpha, limit):
+    return torch.empty_like(x), x.new_empty(token.shape[0], w1.shape[2])
 
 
 @torch.library.impl("gptoss_kernels::experts_backward", "default")
@@ -100,10 +111,21 @@ def _experts_backward_fake(
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, routing_weights, router_indices, alpha, limit):
-        y, hidden, *routing = torch.ops.gptoss_kernels.experts_forward(
-            x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit
+        ops = torch.ops.gptoss_kernels
+
+        def route_once():
+            return router_indices, *ops.route(router_indices, w1.shape[0])
+
+        def compute():
+            routing = token, expert, row, ends
+            return ops.experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, *routing, alpha, limit)
+
+        # Recomputed for the backward pass, the rows go where they went in the forward pass.
+        router_indices, token, slot, expert, row, ends = kept("routing", route_once)
+        y, hidden = kept("experts", compute)
+        ctx.save_for_backward(
+            x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends
         )
-        ctx.save_for_backward(x, hidden, w1, b1, w2, b2, router_indices, routing_weights, *routing)
         ctx.alpha, ctx.limit = alpha, limit
         return y
 

@@ -1,39 +1,29 @@
 """What is kept of each checkpointed layer's forward pass instead of being computed again in the backward pass."""
 
 import functools
-from collections.abc import Callable
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback
 
-ATTENTION = frozenset({"gptoss_kernels::attention_forward"})
-EXPERTS = frozenset({"gptoss_kernels::experts_forward"})
-ROUTING = frozenset({"aten::topk"})  # a few bytes a token, so that the recomputation routes as the forward did
+from ..keep import contexts
+
+ROUTING, ATTENTION, EXPERTS = (frozenset({name}) for name in ("routing", "attention", "experts"))
 
 
-def keep(layer: torch.nn.Module, operators: frozenset[str]) -> None:
-    """Lets a checkpointed layer keep the results of these operators and compute the rest again.
+def keep(layer: torch.nn.Module, names: frozenset[str]) -> None:
+    """Lets a checkpointed layer keep these results of this package's operators and compute the rest again.
 
     Args:
         layer: a GradientCheckpointingLayer of Transformers, in non-reentrant mode.
-        operators: qualified names of torch operators, such as "gptoss_kernels::attention_forward".
+        names: out of "routing" (of tokens to experts), "attention" and "experts".
     """
     layer._gradient_checkpointing_func = functools.partial(
         checkpoint,
         use_reentrant=False,
         preserve_rng_state=False,  # gpt-oss has no dropout in its layers
-        context_fn=functools.partial(create_selective_checkpoint_contexts, _policy(operators)),
+        context_fn=functools.partial(contexts, names),
     )
-
-
-@functools.cache
-def _policy(operators: frozenset[str]) -> Callable:
-    def policy(context, operator, *args, **kwargs):
-        kept = operator.name() in operators or operator.name().rpartition(".")[0] in operators
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
 
 
 def bytes_kept(config, tokens: int, itemsize: int) -> tuple[int, int]:

@@ -141,9 +141,11 @@ def test_opcheck_and_fullgraph():
     x, *parameters, weights = (t.detach() for t in inputs)
     import gptoss_kernels.experts.autograd  # noqa: F401  defines the operators
 
-    arguments = (x, *parameters, indices, weights, 1.702, 7.0)
+    torch.library.opcheck(torch.ops.gptoss_kernels.route.default, (indices, case.experts))
+    token, slot, expert, row, ends = routing = torch.ops.gptoss_kernels.route(indices, case.experts)
+    arguments = (x, *parameters, indices, weights, token, expert, row, ends, 1.702, 7.0)
     torch.library.opcheck(torch.ops.gptoss_kernels.experts_forward.default, arguments)
-    _, hidden, *routing = torch.ops.gptoss_kernels.experts_forward(*arguments)
+    _, hidden = torch.ops.gptoss_kernels.experts_forward(*arguments)
     for needed in ([True] * 6, [True, False, False, False, False, True], [False] * 4 + [True, False]):
         backward = (grad, x, hidden, *parameters, indices, weights, *routing, 1.702, 7.0, needed)
         torch.library.opcheck(torch.ops.gptoss_kernels.experts_backward.default, backward)

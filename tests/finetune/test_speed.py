@@ -104,7 +104,24 @@ def test_what_is_kept_is_not_computed_again(kernels, model, batch, operators, at
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert calls["gptoss_kernels::attention_forward"] == attention
     assert calls["gptoss_kernels::experts_forward"] == experts
-    assert calls["aten::topk"] == (2 if operators else 4)
+    assert calls["gptoss_kernels::route"] == (2 if operators else 4)
+
+
+def test_a_kept_result_that_is_changed_in_place_is_noticed():
+    from gptoss_kernels.keep import contexts, kept
+
+    recording, replaying = contexts(ATTENTION)
+    with recording:
+        (result,) = kept("attention", lambda: (torch.zeros(3),))
+        kept("experts", lambda: (torch.zeros(3),))  # not one that is kept
+    with replaying:
+        assert torch.equal(kept("attention", lambda: 1 / 0)[0], torch.zeros(3))
+    recording, replaying = contexts(ATTENTION)
+    with recording:
+        (result,) = kept("attention", lambda: (torch.zeros(3),))
+    result.add_(1)
+    with replaying, pytest.raises(RuntimeError, match="attention: a result that was kept"):
+        kept("attention", lambda: 1 / 0)
 
 
 def test_what_fits(model):
