@@ -161,3 +161,32 @@ def computation_graph(
     ax.set(xlim=(min(xs) - room, max(xs) + 0.4), ylim=(min(ys) - 0.3, max(ys) + 0.6))
     ax.set_title("solid: values, dashed: gradients")
     ax.axis("off")
+
+
+def tile_owner(ax: Axes, tiles: int, *, column: int | None = None, row: int | None = None) -> list[tuple[int, int]]:
+    """Draws the tiles of a causal score matrix that one program of a backward kernel walks through, in its order.
+
+    Args:
+        ax: where to draw.
+        tiles: of queries and of keys.
+        column, row: the key tile or the query tile that the program owns; one of the two.
+
+    Returns:
+        The (query tile, key tile) of each step.
+    """
+    walk = [(r, column) for r in range(column, tiles)] if row is None else [(row, c) for c in range(row + 1)]
+    for r in range(tiles):
+        for c in range(tiles):
+            own = (r, c) in walk
+            colour = OKABE_ITO[5] if own else "#E6E6E6" if c <= r else "white"
+            hatch = "///" if own else None
+            ax.add_patch(Rectangle((c, r), 1, 1, facecolor=colour, edgecolor="#777777", hatch=hatch))
+    for step, (r, c) in enumerate(walk):
+        box = dict(facecolor="white", edgecolor="none", pad=1.5)
+        ax.text(c + 0.5, r + 0.5, f"step {step}", ha="center", va="center", fontsize=8, bbox=box)
+    ax.set(xlim=(0, tiles), ylim=(tiles, 0), aspect="equal", xlabel="key tile: K, V, dK, dV")
+    ax.set_ylabel("query tile: Q, dO, dQ")
+    ax.set_xticks([tile + 0.5 for tile in range(tiles)], range(tiles))
+    ax.set_yticks([tile + 0.5 for tile in range(tiles)], range(tiles))
+    ax.grid(False)
+    return walk

@@ -62,3 +62,13 @@ def test_computation_graph():
     arrows = [text.arrow_patch for text in ax.texts if getattr(text, "arrow_patch", None)]
     assert sorted(arrow.get_linestyle() for arrow in arrows) == ["-", "-", "--", "--"]  # there and back
     plt.close()
+
+
+def test_tile_owner_walks_a_column_or_a_row():
+    _, ax = plt.subplots()
+    assert plots.tile_owner(ax, 4, column=1) == [(1, 1), (2, 1), (3, 1)]
+    assert [text.get_text() for text in ax.texts] == ["step 0", "step 1", "step 2"]
+    assert sum(patch.get_hatch() is not None for patch in ax.patches) == 3
+    _, ax = plt.subplots()
+    assert plots.tile_owner(ax, 4, row=2) == [(2, 0), (2, 1), (2, 2)]
+    plt.close("all")
