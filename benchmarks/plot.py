@@ -1,15 +1,12 @@
-"""Draws the newest GPU rows of benchmarks/results/attention.csv: total time over length, full and windowed layers.
+"""Draws the newest GPU rows of benchmarks/results: attention.png, train_step.png and train_step_parts.png.
 
-python -m benchmarks.plot [rows.csv] [figure.png]
+python -m benchmarks.plot
 """
-
-import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 from benchmarks import harness
-from benchmarks.readme import ATTENTION, LABELS
+from benchmarks.readme import ATTENTION, LABELS, TRAIN_STEP, VARIANTS
 from gptoss_kernels.course import plots
 
 
@@ -43,6 +40,60 @@ def draw(rows: list[dict[str, str]]):
     return figure
 
 
+def draw_train_step(rows: list[dict[str, str]]):
+    """The figure: tokens a second and peak memory of a whole LoRA step against context, a curve a variant."""
+    newest = {(r["variant"], int(r["tokens"])): r for r in rows if r["gpu"] == rows[-1]["gpu"]}
+    plots.style()
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2))
+    panels = (("tokens_per_second", "tokens a second"), ("peak_gib", "peak memory, GiB"))
+    for ax, (column, label) in zip(axes, panels, strict=True):
+        for (variant, name), colour, marker in zip(VARIANTS.items(), plots.OKABE_ITO, "osD^vX", strict=False):
+            points = sorted((t, float(r[column])) for (v, t), r in newest.items() if v == variant)
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="-", label=name)
+        ticks = sorted({tokens for _, tokens in newest})
+        ax.set(xscale="log", xlabel="context, tokens", ylabel=label, ylim=(0, None))
+        ax.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+        ax.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(f"LoRA on {rows[-1]['model']}, one {rows[-1]['gpu']}, {rows[-1]['date']}")
+    return figure
+
+
+def draw_parts(rows: list[dict[str, str]], tokens: int = 16384):
+    """The figure: where the time of a step goes, a stacked bar a variant."""
+    newest = {r["variant"]: r for r in rows if int(r["tokens"]) == tokens and r["gpu"] == rows[-1]["gpu"]}
+    parts = {
+        "attention_ms": "attention", "grouped_gemm_ms": "experts' products", "gemm_ms": "projections and LM head",
+        "experts_ms": "experts, the rest", "norm_rope_ms": "norms and RoPE", "loss_ms": "loss",
+        "other_ms": "other elementwise", "idle_ms": "GPU idle",
+    }  # fmt: skip
+    plots.style()
+    shown = [variant for variant in reversed(VARIANTS) if variant in newest]
+    figure, ax = plt.subplots(figsize=(9.5, 0.6 * len(shown) + 2.2))
+    left = [0.0] * len(shown)
+    colours = (*plots.OKABE_ITO[:7], "#FFFFFF")
+    for (column, label), colour, hatch in zip(
+        parts.items(), colours, ("", "//", "", "..", "", "xx", "", ""), strict=True
+    ):
+        widths = [float(newest[variant][column]) for variant in shown]
+        ax.barh(range(len(shown)), widths, left=left, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5,
+                label=label)  # fmt: skip
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    ax.set_yticks(range(len(shown)), [VARIANTS[variant] for variant in shown])
+    ax.set(xlabel="ms a step")
+    ax.grid(axis="y", visible=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"One LoRA step, {tokens:,} tokens, {rows[-1]['model']}, {rows[-1]['gpu']}, {rows[-1]['date']}")
+    return figure
+
+
+def main() -> None:
+    draw(harness.read_rows(ATTENTION)).savefig(ATTENTION.with_suffix(".png"), dpi=150)
+    rows = harness.read_rows(TRAIN_STEP)
+    draw_train_step(rows).savefig(TRAIN_STEP.with_suffix(".png"), dpi=150)
+    draw_parts(rows).savefig(TRAIN_STEP.with_name("train_step_parts.png"), dpi=150)
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else ATTENTION
-    draw(harness.read_rows(source)).savefig(sys.argv[2] if len(sys.argv) > 2 else source.with_suffix(".png"), dpi=150)
+    main()

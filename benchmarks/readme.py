@@ -9,7 +9,9 @@ from benchmarks import harness
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
+EXPERTS = ROOT / "benchmarks" / "results" / "experts.csv"
 FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
+TRAIN_STEP = ROOT / "benchmarks" / "results" / "train_step.csv"
 LABELS = {
     "ours": "gptoss_kernels",
     "flex": "FlexAttention",
@@ -17,6 +19,14 @@ LABELS = {
     "fa4": "FlashAttention-4",
     "fla": "flash-linear-attention",
     "eager": "Transformers eager",
+}
+VARIANTS = {
+    "ours:auto": "gptoss_kernels, as fast as memory allows",
+    "ours:fast": "gptoss_kernels, fast",
+    "ours:lean": "gptoss_kernels, lean",
+    "flash_attention_4": "FlashAttention-4, grouped_mm, Liger's loss",
+    "flex": "FlexAttention, grouped_mm, Liger's loss",
+    "eager": "eager attention, grouped_mm, full logits",
 }
 
 
@@ -67,6 +77,44 @@ def finetune_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def train_step_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: tokens/s and peak memory of a whole LoRA step, a line a variant, a column a length."""
+    newest = {(r["gpu"], r["model"], r["layers"], r["variant"], int(r["tokens"])): r for r in rows}
+    tables = []
+    for gpu, model, layers in dict.fromkeys(key[:3] for key in newest):
+        cells = {key[3:]: row for key, row in newest.items() if key[:3] == (gpu, model, layers)}
+        lengths = sorted({tokens for _, tokens in cells})
+        lines = ["| tokens/s, peak GiB | " + " | ".join(f"{tokens:,} tokens" for tokens in lengths) + " |"]
+        lines.append("|---" * (1 + len(lengths)) + "|")
+        for variant, label in VARIANTS.items():
+            found = [cells.get((variant, tokens)) for tokens in lengths]
+            if any(found):
+                texts = [f"{int(r['tokens_per_second']):,}, {float(r['peak_gib']):.1f}" if r else "–" for r in found]
+                lines.append(f"| {label} | {' | '.join(texts)} |")
+        used = list(cells.values())
+        head = f"{gpu}, {model}, {layers} layers, LoRA r=8 on attention, bf16, gradient checkpointing, batch 1."
+        versions = ", ".join(f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers", "packages"))
+        foot = f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {versions}."
+        tables.append("\n\n".join((head, "\n".join(lines), foot)))
+    return "\n\n".join(tables) or "No measurement has been recorded yet."
+
+
+def experts_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: the newest row of each length, kind of training and contender."""
+    labels = {"ours": "gptoss_kernels", "grouped_mm": "Transformers grouped_mm", "gemms": "the matrix products alone"}
+    newest = {(r["gpu"], int(r["tokens"]), r["weights"], r["contender"]): r for r in rows}
+    lines = ["| GPU | tokens | weights | " + " | ".join(labels.values()) + " |", "|---" * (3 + len(labels)) + "|"]
+    for gpu, tokens, weights in dict.fromkeys(key[:3] for key in newest):
+        found = [newest.get((gpu, tokens, weights, name)) for name in labels]
+        texts = [f"{float(r['total_ms']):.2f} ms, {float(r['peak_extra_gib']):.2f} GiB" if r else "–" for r in found]
+        lines.append(f"| {gpu} | {tokens:,} | {weights} | {' | '.join(texts)} |")
+    used = list(newest.values())
+    foot = (
+        f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')}, torch {_distinct(used, 'torch')}."
+    )
+    return "\n".join(lines) + f"\n\n{foot}"
+
+
 def update(text: str, name: str, body: str) -> str:
     """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced by `body`.
 
@@ -95,6 +143,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     text = update(text, "attention", attention_tables(harness.read_rows(ATTENTION)))
+    text = update(text, "train_step", train_step_table(harness.read_rows(TRAIN_STEP)))
+    text = update(text, "experts", experts_table(harness.read_rows(EXPERTS)))
     text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
     readme.write_text(text, encoding="utf-8")
 
