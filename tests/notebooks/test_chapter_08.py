@@ -51,7 +51,9 @@ def test_packed_equals_alone(notebook, model, tokens, start):
     row = tokens(1, sum(LENGTHS))
     positions = torch.cat([torch.arange(n) + start for n in LENGTHS])[None]
     want = torch.cat([notebook.logits(model, "eager", part) for part in row.split(LENGTHS, dim=1)], dim=1)
-    assert relative_error(notebook.logits(model, "test_course_08", row, position_ids=positions), want) < CLOSE
+    for mask in (None, torch.ones_like(row)):
+        got = notebook.logits(model, "test_course_08", row, position_ids=positions, attention_mask=mask)
+        assert relative_error(got, want) < CLOSE
     assert relative_error(notebook.logits(model, "test_course_08_draft", row, position_ids=positions), want) > 0.01
 
 
