@@ -89,6 +89,7 @@ class _TritonAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask = ctx.saved_tensors
         if dout is None:  # only lse was used

@@ -130,6 +130,7 @@ class _FusedExperts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         needed = list(ctx.needs_input_grad[:6])
         grads = torch.ops.gptoss_kernels.experts_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit, needed)

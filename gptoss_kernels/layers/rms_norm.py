@@ -123,6 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = torch.ops.gptoss_kernels.rms_norm_backward(dy, x, weight, rstd, ctx.needs_input_grad[1])

@@ -98,6 +98,7 @@ class _Rope(torch.autograd.Function):
         return torch.ops.gptoss_kernels.rope(q, k, cos, sin, False)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         return *torch.ops.gptoss_kernels.rope(dq, dk, cos, sin, True), None, None

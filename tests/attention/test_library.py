@@ -52,3 +52,10 @@ def test_compiled_fullgraph_gives_the_same_numbers(case):
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
     for a, b in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_an_error():
+    inputs, _ = AttentionCase(q_len=5).inputs(DEVICE)
+    (dq,) = torch.autograd.grad(flash_attention(*inputs, backend="triton").square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
