@@ -196,7 +196,7 @@ def around(q_len, kv_len, window):
         (lambda q_len, kv_len, window: solutions.window_mask(q_len, kv_len, window).float(), "torch.bool"),
         (lambda q_len, kv_len, window: ~solutions.window_mask(q_len, kv_len, window), "the opposite"),
         (lambda q_len, kv_len, window: torch.ones(q_len, kv_len, dtype=torch.bool), "the future is in sight"),
-        (lambda q_len, kv_len, window: solutions.window_mask(q_len, kv_len, window).mT.contiguous(), "transposed|rows are"),
+        (lambda q_len, kv_len, window: solutions.window_mask(q_len, kv_len, window).mT.contiguous(), "rows are"),
         (lambda q_len, kv_len, window: solutions.window_mask(q_len, kv_len), "the window is missing"),
         (band(0, lambda window: window + 1), "4 keys, not 3"),
         (band(0, lambda window: window - 1), "2 keys, not 3"),
@@ -242,7 +242,7 @@ def matrices(peak, kept, factor=1.0):
         (matrices(3, 1, 2**-30), "those are GiB"),
         (lambda tokens, q_heads, itemsize: (24 * q_heads * tokens**2, 8 * q_heads * tokens**2), "those are bits"),
         (lambda tokens, q_heads, itemsize: (3 * tokens**2 * itemsize, tokens**2 * itemsize), "every query head"),
-        (lambda tokens, q_heads, itemsize: (3 * q_heads * tokens * itemsize, q_heads * tokens * itemsize), "tokens × tok"),
+        (lambda tokens, q_heads, itemsize: (3 * q_heads * tokens * itemsize, q_heads * tokens * 2), "a matrix has"),
         *[(matrices(peak, 1), f"counts {name}") for peak, name in
           ((1, "one"), (2, "two"), (4, "four"), (5, "five"), (6, "all six"), (7, "every line"))],
         (matrices(3.5, 1), "expected a peak of about"),

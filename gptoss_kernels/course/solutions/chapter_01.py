@@ -28,9 +28,7 @@ def check_softmax_with_sink(function: Callable) -> None:
     got, got_lse = _two_tensors(function(scores, sink), "weights", "lse")
 
     if got.shape == (2, 3, 4, 6):
-        raise Mistake(
-            "weights has a column too many: the sink has no value, so its weight is dropped after the softmax"
-        )
+        raise Mistake("weights has a column too many: the sink has no value, so drop its weight after the softmax")
     _shape("weights", got, right)
     _shape("lse", got_lse, lse)
     _known(got, {"the sink is missing from the normaliser: these rows still sum to one": plain})
@@ -66,8 +64,8 @@ def check_softmax_with_sink(function: Callable) -> None:
     got, got_lse = function(empty, sink)
     if not (_close(got, _column(empty, sink)[0]) and _close(got_lse, _column(empty, sink)[1])):
         raise Mistake(
-            "a row all of whose scores are -inf has no key: its weights are 0 and its lse is the sink. With the sink in "
-            "the maximum nothing is NaN"
+            "a row all of whose scores are -inf has no key: its weights are 0 and its lse is the sink. With the sink "
+            "in the maximum nothing is NaN"
         )
     got, got_lse = function(scores, torch.full_like(sink, float("-inf")))
     if not (_close(got, plain) and _close(got_lse, plain_lse)):
@@ -189,9 +187,9 @@ def check_window_mask(function: Callable) -> None:
             known["the query's own key is missing"] = _mask(q_len, kv_len, 1, window + 1)
             known["the future is in sight: the window lies behind the query, not around it"] = distance.abs() < window
         if q_len < kv_len:
-            known[
-                "with fewer queries than keys the last query stands at the last key; here the first stands at key 0"
-            ] = _mask(kv_len, kv_len, 0, window)[:q_len]
+            known["with fewer queries than keys the last query stands at the last key, not the first at key 0"] = _mask(
+                kv_len, kv_len, 0, window
+            )[:q_len]
         for message, wrong in known.items():
             if torch.equal(got, wrong) and not torch.equal(wrong, right):
                 raise Mistake(f"{message} ({call})")
