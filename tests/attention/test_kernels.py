@@ -130,6 +130,17 @@ def test_strided_inputs_are_read_in_place():
     assert torch.equal(flash_attention(*[last_stride_two] * 3, backend="triton"), expected)
 
 
+@pytest.mark.parametrize("length", [64, 70])
+def test_layouts_that_differ_between_inputs(length):
+    # Inside Transformers k comes contiguous from the rotary embedding, and v as a transposed view.
+    inputs, _ = AttentionCase(q_len=length).inputs(DEVICE)
+    mixed = [x.detach().contiguous().requires_grad_() if i == 1 else x for i, x in enumerate(inputs)]
+    grad = torch.randn(inputs[0].shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    wanted = torch.autograd.grad(flash_attention(*inputs, backend="triton"), inputs, grad)
+    for a, b in zip(torch.autograd.grad(flash_attention(*mixed, backend="triton"), mixed, grad), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_expanded_gradient():
     # .sum() hands back a gradient whose strides are all 0.
     inputs, _ = AttentionCase(q_len=20).inputs(DEVICE)
