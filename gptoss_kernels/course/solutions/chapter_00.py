@@ -40,3 +40,8 @@ def check_sink_share(function: Callable) -> None:
     huge = function(scores + 1000, sink + 1000)
     if not torch.allclose(huge.to(right.dtype), right):
         raise Mistake("large scores overflow: let torch.logsumexp take out the maximum before exp")
+    apart = torch.tensor([[2.0, 1.0, 0.0], [1000.0, 999.0, 998.0]], dtype=torch.float64)
+    if not torch.allclose(function(apart, sink)[:1].to(right.dtype), sink_share(apart, sink)[:1]):
+        raise Mistake("one maximum for all rows: a row far below it underflows; take the maximum of each row")
+    if not torch.allclose(function(scores, sink + 1000).to(right.dtype), torch.ones(5, dtype=right.dtype)):
+        raise Mistake("a sink far above the scores overflows: it belongs into the maximum, too")

@@ -155,6 +155,15 @@ def check_scale_rows_kernel(function: Callable) -> None:
         raise Mistake("columns from BLOCK_N on were not written: begin them at tl.program_id(1) * BLOCK_N")
     if not torch.equal(got, right):
         raise Mistake(_first_difference(got, right))
+    tall = torch.arange(1.0, 34.0).view(11, 3)
+    factors = torch.arange(2.0, 13.0)
+    got = _scaled(function, tall, factors)
+    if (got[4:] == UNTOUCHED).all():
+        raise Mistake("the axes are swapped: tl.program_id(0) counts tiles of rows, tl.program_id(1) tiles of columns")
+    if torch.equal(got[:3], tall[:3] * factors[:3, None]) and not got[3:].any():
+        raise Mistake("the factors are masked by columns: there is one a row, so offs_m < rows")
+    if not torch.equal(got, tall * factors[:, None]):
+        raise Mistake(_first_difference(got, tall * factors[:, None]))
     transposed = _scaled(function, x, scale, order=(1, 0))
     if not torch.equal(transposed, right):
         raise Mistake(

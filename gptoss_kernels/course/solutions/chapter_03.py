@@ -217,6 +217,11 @@ def check_merge_states(function: Callable) -> None:
     for a, b, name in ((first, empty, "second"), (empty, first, "first")):
         if not _equal(_state(function(_copies(a), _copies(b)), first), first):
             raise Mistake(f"where the {name} state is the empty one (no key yet), the result must be the other state")
+    mixed = tuple(torch.cat([x[:1], y[1:]]) for x, y in zip(empty, first, strict=True))  # row 0 has no key yet
+    wanted = tuple(torch.cat([x[:1], y[1:]]) for x, y in zip(second, (acc, new_max, total), strict=True))
+    for a, b in ((mixed, second), (second, mixed)):
+        if not _equal(_state(function(_copies(a), _copies(b)), first), wanted):
+            raise Mistake("rows are apart: where one row of a state is empty, the others still have to be merged")
     if not _equal(_state(function(_copies(empty), _copies(empty)), first), empty):
         raise Mistake("two empty states must give the empty state: acc = 0, running_sum = 0 and no NaN")
 

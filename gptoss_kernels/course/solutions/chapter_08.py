@@ -286,8 +286,13 @@ def check_influence(function: Callable) -> None:
         raise Mistake(
             "a weak path is a leak too: token 1 reaches token 4 with a weight of 1e-9; no threshold, no rounding"
         )
+    opposed = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]  # gradients along it sum to 0
     one = apart.clone()
     one[4, 1] = 1.0
+    if not function(lambda x: one @ x @ opposed, embeddings.clone(), first)[1] > 1e-9:
+        raise Mistake(
+            "the components of one gradient can cancel in a sum: take a norm, or absolute values, over hidden"
+        )
     if not call(one, outputs=lambda x: x.softmax(-1))[1] > 1e-9:
         raise Mistake(
             "the outputs' plain sum can be constant (probabilities sum to 1) and its gradient then 0 despite a leak: "
