@@ -15,7 +15,7 @@ VARYING = ["q_len", "kv_len", "window", "documents", "search_steps"]
 
 
 def splits(window: int | None) -> bool:
-    """Whether full and masked tiles get loops of their own: not for windows of a few tiles, which are all edges."""
+    """Whether full and masked tiles get loops of their own: not for windows of a few tiles, mostly edges."""
     return window is None or window >= 512
 
 

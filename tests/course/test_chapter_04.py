@@ -127,6 +127,61 @@ def _nothing(acc, running_max, running_sum, scores, v_tile):
 
 
 @triton.jit
+def _p_in_base_e(acc, running_max, running_sum, scores, v_tile):
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _rescale_in_base_e(acc, running_max, running_sum, scores, v_tile):
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp(running_max - new_max)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _columns(acc, running_max, running_sum, scores, v_tile):
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale, input_precision="ieee")
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _tf32(acc, running_max, running_sum, scores, v_tile):
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _not_cast(acc, running_max, running_sum, scores, v_tile):
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    acc = tl.dot(p, v_tile, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _v_cast(acc, running_max, running_sum, scores, v_tile):
+    """Right: the other factor is cast."""
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    p = tl.exp2(scores - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    acc = tl.dot(p, v_tile.to(tl.float32), acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, running_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
 def _otherwise(acc, running_max, running_sum, scores, v_tile):
     """Right: the product first, in another order and without an accumulator."""
     new_max = tl.max(tl.join(running_max, tl.max(scores, 1)), 1)
@@ -150,6 +205,11 @@ def _otherwise(acc, running_max, running_sum, scores, v_tile):
         (_divided, "divide once, after the last tile"),
         (_not_added, "weights are not added"),
         (_swapped, "in the order acc, running_max, running_sum"),
+        (_p_in_base_e, "p is in base e"),
+        (_rescale_in_base_e, "rescale is in base e"),
+        (_columns, "rescale multiplies acc's columns"),
+        (_tf32, "11 significant bits"),
+        (_not_cast, r"p.to\(v_tile.dtype\)"),
         (_nothing, r"running_max: expected .* at \[\d+\], got"),
     ],
 )
@@ -159,8 +219,9 @@ def test_online_update_names_the_mistake(wrong, message):
         check_online_update(wrong)
 
 
-def test_online_update_in_another_order_is_right():
-    check_online_update(_otherwise)
+@pytest.mark.parametrize("right", [_otherwise, _v_cast])
+def test_online_update_otherwise_is_right(right):
+    check_online_update(right)
 
 
 def test_online_update_without_jit():

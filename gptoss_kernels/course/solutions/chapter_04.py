@@ -1,5 +1,6 @@
 """Chapter 04, the forward kernel."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -80,11 +81,15 @@ def check_online_update(function: Callable) -> None:
     state = (acc, running_max, running_sum)
 
     device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
-    got = [x.to(device, copy=True) for x in state]
-    _probe_kernel[(1,)](
-        *got, scores.to(device), v.to(device), UPDATE=function, BLOCK_M=rows, BLOCK_N=keys, HEAD_DIM=head_dim
-    )
-    got = [x.cpu() for x in got]
+
+    def probe(v):
+        got = [x.to(device, copy=True) for x in state]
+        _probe_kernel[(1,)](
+            *got, scores.to(device), v.to(device), UPDATE=function, BLOCK_M=rows, BLOCK_N=keys, HEAD_DIM=head_dim
+        )
+        return [x.cpu() for x in got]
+
+    got = probe(v)
     right = _update(*state, scores, v)
     for message, wrong in _wrong_updates(*state, scores, v).items():
         if all(torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(got, wrong, strict=True)):
@@ -92,6 +97,11 @@ def check_online_update(function: Callable) -> None:
     swapped = (right[0], right[2], right[1])
     if all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(got, swapped, strict=True)):
         raise Mistake("return the state in the order acc, running_max, running_sum")
+    source = inspect.getsource(function.fn)
+    if "dot(" in source and "ieee" not in source and "allow_tf32=False" not in source:
+        raise Mistake(
+            'tl.dot without input_precision="ieee": on a GPU it rounds fp32 factors to TF32, 11 significant bits'
+        )
     named = (("running_max", got[1], right[1]), ("running_sum", got[2], right[2]), ("acc", got[0], right[0]))
     for name, a, b in named:
         close = torch.isclose(a, b, rtol=1e-4, atol=1e-4)
@@ -103,6 +113,13 @@ def check_online_update(function: Callable) -> None:
                 f"{running_max[row]:.4f}, running_sum {running_sum[row]:.4f}, the tile's largest score "
                 f"{scores[row].max():.4f}"
             )
+    uncast = "p has to take v_tile's dtype before the product: p.to(v_tile.dtype)"
+    try:
+        in_half = probe(v.half())
+    except Exception as error:  # of Triton's compiler or its interpreter: two dtypes in one product
+        raise Mistake(uncast) from error
+    if not torch.allclose(in_half[0], _update(*state, scores, v.half().float())[0], rtol=1e-2, atol=1e-2):
+        raise Mistake(f"right for v_tile in fp32, wrong in fp16: {uncast}, and acc stays in fp32")
 
 
 def _update(acc, running_max, running_sum, scores, v, power=torch.exp2):
@@ -123,6 +140,8 @@ def _wrong_updates(acc, running_max, running_sum, scores, v) -> dict[str, tuple]
     from_tile = torch.exp2(running_max - tile_max)
     late = torch.exp2(scores - running_max[:, None])
     neither = "neither acc nor running_sum is rescaled: what they hold is relative to the old maximum, and p to the new"
+    exp_p = torch.exp(scores - new_max[:, None])
+    exp_rescale = torch.exp(running_max - new_max)
     inverted = "rescale is upside down: the old state shrinks when the maximum grows, 2^(old − new)"
     return {
         neither: (raw_acc, new_max, raw_sum),
@@ -130,6 +149,21 @@ def _wrong_updates(acc, running_max, running_sum, scores, v) -> dict[str, tuple]
         "running_sum is not rescaled: what it holds is relative to the old maximum": (right_acc, new_max, raw_sum),
         "that is base e: scores and running_max are in base 2, use tl.exp2": _update(
             acc, running_max, running_sum, scores, v, torch.exp
+        ),
+        "p is in base e, rescale in base 2: use tl.exp2 for both": (
+            acc * rescale[:, None] + exp_p @ v,
+            new_max,
+            running_sum * rescale + exp_p.sum(1),
+        ),
+        "rescale is in base e, p in base 2: use tl.exp2 for both": (
+            acc * exp_rescale[:, None] + p @ v,
+            new_max,
+            running_sum * exp_rescale + p.sum(1),
+        ),
+        "rescale multiplies acc's columns: it belongs to the rows, rescale[:, None]": (
+            acc * rescale + p @ v,  # which is taken, since the probe has as many rows as columns
+            new_max,
+            right_sum,
         ),
         inverted: (acc / rescale[:, None] + p @ v, new_max, running_sum / rescale + p.sum(1)),
         "the maximum is the tile's alone: take the larger of it and running_max": (
