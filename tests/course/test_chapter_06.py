@@ -40,6 +40,10 @@ def any_dq(
         end = start_m
     if MISTAKE == "no mask" or MISTAKE == "future":
         end = length
+    if MISTAKE == "one":
+        end = start_m + 1
+    if MISTAKE == "block_n":
+        end = start_m + BLOCK_N
     step = BLOCK_N
     if MISTAKE == "step":
         step = BLOCK_M
@@ -60,7 +64,7 @@ def any_dq(
             p = tl.where(key[:, None] < row[None, :], p, 0.0)
         elif MISTAKE == "future":
             p = tl.where(key[:, None] >= row[None, :], p, 0.0)
-        elif MISTAKE != "no mask":
+        elif MISTAKE != "no mask" and MISTAKE != "no mask, right loop":
             p = tl.where(key[:, None] <= row[None, :], p, 0.0)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
         if MISTAKE == "plus delta":
@@ -79,6 +83,8 @@ def any_dq(
         factor = k_tile
         if MISTAKE == "v":
             factor = v_tile
+        if MISTAKE != "no cast":
+            ds = ds.to(factor.dtype)
         product = tl.dot(tl.trans(ds), factor, input_precision="ieee")
         if MISTAKE == "last":
             acc = product
@@ -90,6 +96,9 @@ def any_dq(
         acc += float("nan")
     if MISTAKE == "half":
         acc *= 1.1
+    if MISTAKE == "half sum":
+        if q.dtype.element_ty == tl.float16:
+            acc *= 1.1
     target = dq + base + row[:, None] * HEAD_DIM + dim[None, :]
     if MISTAKE == "beside":
         target += HEAD_DIM
@@ -120,10 +129,13 @@ def test_dq_kernel_differently_written_is_accepted():
     [
         ("scale", "scale is missing"),
         ("twice", "applied twice"),
-        ("no mask", "the mask is missing"),
+        ("no mask", "the mask is missing: queries"),
+        ("no mask, right loop", "the mask is missing in the last tiles"),
         ("strict", "hides a query's own key"),
         ("future", "wrong way round"),
         ("diagonal", "ends before the diagonal"),
+        ("one", r"the first query's key: it has to reach start_m \+ BLOCK_M"),
+        ("block_n", r"the first query's key: it has to reach start_m \+ BLOCK_M"),
         ("last", "only the last tile"),
         ("first", "only the first tile"),
         ("delta", "delta is missing"),
@@ -139,7 +151,9 @@ def test_dq_kernel_differently_written_is_accepted():
         ("no store", "nothing was written"),
         ("beside", "wrote beside its own tile"),
         ("half", r"with BLOCK_M=32, BLOCK_N=16, row \d+ of head 0: expected dq \["),
-        ("step", "BLOCK_M"),
+        ("step", "start_n moves on by BLOCK_M"),
+        ("no cast", "fails on half-precision inputs: round ds"),
+        ("half sum", "right on fp32 inputs, but on fp16"),
         ("stuck", "expected dq"),
     ],
 )
@@ -218,6 +232,8 @@ def heads_last(k, v):
 
 
 def one_storage(k, v):
+    if k.dtype != v.dtype:
+        return filled(k, v)
     return tuple(torch.empty(2, *k.shape, dtype=k.dtype, device=k.device))
 
 
@@ -253,6 +269,10 @@ def overlapping(k, v):
         (lambda k, v: (k.new_empty(k.shape), None), "dv: expected a tensor, got NoneType"),
         (lambda k, v: (k.new_empty(k.shape), v.new_empty(v.shape[1:])), r"dv: expected shape \(2, 2, 6, 4\)"),
         (lambda k, v: (torch.empty(k.shape), torch.empty(v.shape)), "dk: expected torch.float16"),
+        (
+            lambda k, v: tuple(torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in "kv"),
+            "dv: expected torch.float32 on cpu, got torch.float16",
+        ),
         (lambda k, v: tuple(torch.empty(x.shape, dtype=x.dtype) for x in (k, v)), "on meta"),
     ],
 )

@@ -29,18 +29,18 @@ def dq_causal_kernel(
     BLOCK_N: tl.constexpr,
 ):
     start_m = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1).to(tl.int64) * length  # row 0 of this head
+    first = tl.program_id(1).to(tl.int64) * length  # row 0 of this head
     dim = tl.arange(0, HEAD_DIM)[None, :]
     row = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    own = (head + row)[:, None] * HEAD_DIM + dim  # [BLOCK_M, HEAD_DIM]
+    own = (first + row)[:, None] * HEAD_DIM + dim  # [BLOCK_M, HEAD_DIM]
     q_tile = tl.load(q + own)
     do_tile = tl.load(dout + own)
-    row_lse = tl.load(lse + head + row)
-    row_delta = tl.load(delta + head + row)
+    row_lse = tl.load(lse + first + row)
+    row_delta = tl.load(delta + first + row)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     for start_n in range(0, start_m + BLOCK_M, BLOCK_N):
         key = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        there = (head + key)[:, None] * HEAD_DIM + dim  # [BLOCK_N, HEAD_DIM]
+        there = (first + key)[:, None] * HEAD_DIM + dim  # [BLOCK_N, HEAD_DIM]
         k_tile = tl.load(k + there)
         v_tile = tl.load(v + there)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
@@ -54,6 +54,7 @@ def dq_causal_kernel(
 
 UNWRITTEN = -777.0
 CLOSE = 5e-3  # relative; an fp32 product in TF32, which a GPU does unless told otherwise, stays below
+CLOSE_HALF = 2e-2  # fp16 inputs and products, fp32 sums stay below a tenth of it
 
 
 def check_dq_causal_kernel(function: Callable) -> None:
@@ -90,7 +91,7 @@ def check_dq_causal_kernel(function: Callable) -> None:
             head, row, _ = (~torch.isfinite(got)).nonzero()[0].tolist()
             raise Mistake(
                 f"row {row} of head {head} holds NaN or infinity: set p to 0 where a query does not see a key, with "
-                "tl.where after the exponential"
+                "tl.where after the exponential; or a load ran past the tile: keys are BLOCK_N long"
             )
         if relative_error(got, right) < CLOSE:
             continue
@@ -102,6 +103,27 @@ def check_dq_causal_kernel(function: Callable) -> None:
         raise Mistake(
             f"with {sizes}, row {row} of head {head}: expected dq {_shown(right[head, row])}, "
             f"got {_shown(got[head, row])}"
+        )
+    _in_half_precision(function, device)
+
+
+def _in_half_precision(function: Callable, device: torch.device) -> None:
+    """For a kernel that is right in fp32."""
+    saved, scale, right, _ = _dq_problem(32, 16)
+    heads, length, head_dim = right.shape
+    half = [x.half().to(device) for x in saved[:4]]
+    dq = torch.full((heads, length, head_dim), UNWRITTEN, dtype=torch.float16, device=device)
+    constants = dict(HEAD_DIM=head_dim, BLOCK_M=32, BLOCK_N=16)
+    try:
+        function[(length // 32, heads)](
+            *half, *(x.float().to(device) for x in saved[4:]), dq, length, scale, **constants
+        )
+    except Exception as error:
+        raise Mistake("it fails on half-precision inputs: round ds to k_tile.dtype before the last product") from error
+    error = relative_error(dq.cpu(), right)
+    if not error < CLOSE_HALF:
+        raise Mistake(
+            f"right on fp32 inputs, but on fp16 inputs dq has a relative error of {error:.1e}: acc stays fp32"
         )
 
 
@@ -124,17 +146,29 @@ def _dq_problem(block_m: int, block_n: int):
     tile_of_row, tile_of_key = torch.arange(length) // block_m, torch.arange(length) // block_n
     begins_before = tile_of_key[None, :] * block_n < tile_of_row[:, None] * block_m  # key tile before the query tile
     last_tile = ((tile_of_row + 1) * block_m - 1) // block_n
+    key = torch.arange(length)[None, :]
+    visits_by_block_m = sum(  # how often each key is visited if start_n moves on by BLOCK_M
+        ((start <= key) & (key < start + block_n) & (start < (tile_of_row[:, None] + 1) * block_m)).double()
+        for start in range(0, length, block_m)
+    )
     by_key = lambda mask: scale * (p * mask * rest) @ k  # noqa: E731
     unscaled = torch.exp(raw - lse[..., None]) * seen * rest
     known = {
         "scale is missing: dQ = scale · dS K": right / scale,
         "scale is applied twice to dQ: once, after the loop (or once in ds)": right * scale,
         "the mask is missing: queries see keys after their own. p is 0 unless row >= key": by_key(1.0),
+        "the mask is missing in the last tiles: queries see later keys there. p is 0 unless row >= key": by_key(
+            tile_of_key[None, :] * block_n < (tile_of_row[:, None] + 1) * block_m
+        ),
         "the mask hides a query's own key: it is row >= key, not row > key": by_key(seen.tril(-1)),
         "the mask is the wrong way round: a query sees the keys at or before its own row": by_key(seen.mT),
         "the loop ends before the diagonal: it has to reach the key of the tile's last query": by_key(
             seen & begins_before
         ),
+        "the loop ends at the tile of the first query's key: it has to reach start_m + BLOCK_M": by_key(
+            seen & (tile_of_key[None, :] * block_n <= tile_of_row[:, None] * block_m)
+        ),
+        "start_n moves on by BLOCK_M: a step is a tile of keys, BLOCK_N": by_key(seen * visits_by_block_m),
         "only the last tile of keys is left: add to acc in every step": by_key(
             seen & (tile_of_key[None, :] == last_tile[:, None])
         ),
@@ -198,6 +232,10 @@ def _wrong_ranges() -> dict[str, Callable]:
         ),
         "query row i stands at position i + kv_len - q_len: the offset is missing where the loop begins": variant(
             begin=lambda start_n, last, block_m, offset: down(start_n, block_m)
+        ),
+        "the offset is missing: row i stands at position i + kv_len - q_len": variant(
+            begin=lambda start_n, last, block_m, offset: down(start_n, block_m),
+            end=lambda start_n, last, q_len, offset, window: min(q_len, last + window),
         ),
         "the offset has the wrong sign: row = position - (kv_len - q_len)": variant(
             begin=lambda start_n, last, block_m, offset: down(start_n + offset, block_m),
@@ -317,6 +355,7 @@ def _layouts() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "k contiguous and v expanded over the heads": (contiguous, torch.zeros(2, 1, 6, 4).expand(2, 2, 6, 4)),
         "k and v expanded over the heads": (torch.zeros(2, 1, 6, 4).expand(2, 2, 6, 4),) * 2,
         "k and v of dtype float16": (contiguous.half(), transposed.half()),
+        "k of dtype float16 and v of float32": (contiguous.half(), transposed),
         "k and v on the meta device": (contiguous.to("meta"), transposed.to("meta")),
     }
 
