@@ -82,6 +82,9 @@ def right(scores, sink):
         (with_maximum(lambda scores, sink: torch.zeros_like(scores[..., 0])), "large scores overflow"),
         (with_maximum(lambda scores, sink: sink.expand(scores.shape[:-1])), "large scores overflow"),
         (with_maximum(lambda scores, sink: scores.amax(-1)), "a large sink overflows"),
+        (with_maximum(lambda scores, sink: torch.maximum(scores.amax(), sink.amax())), "one for all rows"),
+        (with_maximum(lambda scores, sink: torch.maximum(scores.amax(-1, keepdim=True), sink)), "one dimension less"),
+        (lambda scores, sink: (torch.exp(scores - lse_of(scores, sink)), lse_of(scores, sink)), "one dimension less"),
         (
             lambda scores, sink: (
                 (scores.softmax(-1) * torch.sigmoid(scores.logsumexp(-1) - sink)[..., None],) + (lse_of(scores, sink),)
@@ -130,6 +133,8 @@ def keep(lse, sink):
         (lambda out, lse, sinks: out, r"expected two tensors \(out, lse\)"),
         (lambda out, lse, sinks: (out[0], lse), "out: expected shape"),
         (lambda out, lse, sinks: (out * keep(lse, sinks[:, None])[..., None], lse[..., None]), "lse: expected shape"),
+        (lambda out, lse, sinks: (out * keep(lse, sinks[:, None]), lse), "has one dimension less than out"),
+        (lambda out, lse, sinks: (out * keep(lse, sinks[:, None, None])[..., None], lse), r"sinks\[:, None\], \(heads"),
         (by(lambda lse, sink: torch.sigmoid(sink - lse)), "that factor is the sink's share"),
         (by(lambda lse, sink: torch.ones_like(lse)), "out is unchanged"),
         (by(lambda lse, sink: torch.sigmoid(torch.logaddexp(lse, sink) - sink)), "the lse of the keys alone"),
@@ -248,6 +253,9 @@ def matrices(peak, kept, factor=1.0):
         (matrices(3.5, 1), "expected a peak of about"),
         (matrices(3, 2), "kept counts two"),
         (matrices(3, 3), "kept counts three"),
+        (matrices(3, 0), "autograd keeps the softmax's result"),
+        (matrices(3, 4), "not all that was made"),
+        (matrices(3, 6), "not all that was made"),
         (matrices(3, 0.5), "expected about .* bytes kept"),
         (lambda tokens, q_heads, itemsize: matrices(3, 1)(tokens, 64, itemsize), "expected about .* for"),
     ],

@@ -25,7 +25,12 @@ def check_softmax_with_sink(function: Callable) -> None:
     top = torch.maximum(scores.amax(-1), sink)
     raised = torch.exp(scores - top[..., None])
     unshifted = raised / (raised.sum(-1) + sink.exp())[..., None]
-    got, got_lse = _two_tensors(function(scores, sink), "weights", "lse")
+    result = _broadcast(
+        lambda: function(scores, sink),
+        "sink has one dimension less than scores: keep the numbers of a row in shape (...), without keepdim, and add "
+        "the keys with [..., None] last where they meet the scores",
+    )
+    got, got_lse = _two_tensors(result, "weights", "lse")
 
     if got.shape == (2, 3, 4, 6):
         raise Mistake("weights has a column too many: the sink has no value, so drop its weight after the softmax")
@@ -60,6 +65,11 @@ def check_softmax_with_sink(function: Callable) -> None:
         right, lse = _column(raised.double(), raised_sink.double())
         if not (_close(got, right, 1e-3) and _close(got_lse, lse, 1e-3)):
             raise Mistake(message)
+    uneven = small + 1000.0 * (torch.arange(4)[:, None] == 1)  # query 1 far above the others
+    got, got_lse = function(uneven, sink.float())
+    right, lse = _column(uneven.double(), sink)
+    if not (_close(got, right, 1e-3) and _close(got_lse, lse, 1e-3)):
+        raise Mistake("the maximum is one for all rows: a row far below it underflows; take it per row")
     empty = scores.masked_fill(torch.arange(4)[:, None] == 2, float("-inf"))  # query 2 sees no key
     got, got_lse = function(empty, sink)
     if not (_close(got, _column(empty, sink)[0]) and _close(got_lse, _column(empty, sink)[1])):
@@ -86,11 +96,11 @@ def check_softmax_with_sink(function: Callable) -> None:
             raise Mistake(f"the gradient of {name} is wrong: detach nothing but the maximum")
 
 
-def add_sink(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with a sink from attention without one. out (batch, heads, q_len, head_dim), lse (batch, heads, q_len)
-    of the keys alone, sinks (heads,) -> the same two with the sink."""
+def add_sink(out: torch.Tensor, keys_lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a sink from attention without one. out (batch, heads, q_len, head_dim), keys_lse (batch, heads,
+    q_len), sinks (heads,) -> out and lse with the sink."""
     sink = sinks[:, None]  # (heads, 1): one logit for all queries of a head
-    return out * torch.sigmoid(lse - sink)[..., None], torch.logaddexp(lse, sink)
+    return out * torch.sigmoid(keys_lse - sink)[..., None], torch.logaddexp(keys_lse, sink)
 
 
 def check_add_sink(function: Callable) -> None:
@@ -101,7 +111,12 @@ def check_add_sink(function: Callable) -> None:
         sinks = torch.linspace(-1.0, 2.0, heads, dtype=torch.float64)
         z = sinks[:, None]
         right, lse = plain * torch.sigmoid(keys - z)[..., None], torch.logaddexp(keys, z)
-        got, got_lse = _two_tensors(function(plain.clone(), keys.clone(), sinks.clone()), "out", "lse")
+        result = _broadcast(
+            lambda tensors=(plain, keys, sinks): function(*(x.clone() for x in tensors)),
+            "sinks[:, None], (heads, 1), meets keys_lse, (batch, heads, q_len); the factor made of the two has one "
+            "dimension less than out: add head_dim with [..., None] last",
+        )
+        got, got_lse = _two_tensors(result, "out", "lse")
         _shape("out", got, right)
         _shape("lse", got_lse, lse)
         known = {
@@ -235,12 +250,16 @@ def check_eager_bytes(function: Callable) -> None:
             raise Mistake(message)
     if not near(peak, 3 * unit):
         raise Mistake(f"expected a peak of about {3 * unit} bytes for {tokens} tokens, {q_heads} heads, got {peak:.0f}")
+    if kept < 0.01 * unit:
+        raise Mistake("kept is nothing of that size, but autograd keeps the softmax's result")
     for count, message in (
         (2, "kept counts two matrices: scores and attn_weights are views of the softmax's result, one storage"),
         (3, "kept counts three matrices: a product, a sum, a difference and cat need none of their large inputs"),
     ):
         if near(kept, count * unit):
             raise Mistake(message)
+    if kept >= 3.9 * unit:
+        raise Mistake("kept counts four matrices or more: autograd keeps what a backward needs, not all that was made")
     if not near(kept, unit):
         raise Mistake(f"expected about {unit} bytes kept for {tokens} tokens, {q_heads} heads, got {kept:.0f}")
     for arguments in ((2 * tokens, q_heads, itemsize), (tokens, 16, itemsize), (tokens, q_heads, 4)):
@@ -258,6 +277,16 @@ def _mask(q_len: int, kv_len: int, nearest: int, window: int | None) -> torch.Te
     """Keys at a distance of nearest ... window - 1 behind the query."""
     distance = torch.arange(kv_len - q_len, kv_len)[:, None] - torch.arange(kv_len)[None, :]
     return (distance >= nearest) & (distance < (kv_len + 1 if window is None else window))
+
+
+def _broadcast(call: Callable, message: str):
+    """What call returns; shapes that do not broadcast in it raise message."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if "must match" not in str(error):
+            raise
+        raise Mistake(message) from error
 
 
 def _two_tensors(got, first: str, second: str) -> tuple[torch.Tensor, torch.Tensor]:
