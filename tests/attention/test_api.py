@@ -101,7 +101,7 @@ def test_triton_by_name_is_never_something_else(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match='backend="triton": expected q on a CUDA device'):
         flash_attention(**tensors(), backend="triton")
-    monkeypatch.setattr("gptoss_kernels.attention.api.triton_available", lambda: False)
+    monkeypatch.setattr("gptoss_kernels.backends.triton_available", lambda: False)
     with pytest.raises(RuntimeError, match='backend="triton": Triton is not installed'):
         flash_attention(**tensors(), backend="triton")
 
