@@ -1,5 +1,5 @@
 """Compile a notebook's kernels for a GPU without one, and print one JSON row each. A process of its own, run by
-test_kernels.py: the kernels must not have been decorated for the interpreter.
+test_notebook_kernels.py: the kernels must not have been decorated for the interpreter.
 
 usage: compile_notebook.py NOTEBOOK_STEM CAPABILITY...
 """
