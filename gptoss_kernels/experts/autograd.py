@@ -46,10 +46,11 @@ def _route_fake(router_indices, experts):
 def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, token, expert, row, ends, alpha, limit):
     hidden = grouped_product(gather(x, token), w1, ends)
     act = x.new_empty(hidden.shape[0], w1.shape[2] // 2)
-    launch_activation(hidden, b1, expert, act, alpha, limit)
-    down = grouped_product(act, w2, ends)
     y = torch.empty_like(x)
-    launch_combine(down, b2, routing_weights, row, router_indices, y, w1.shape[0])
+    with torch.cuda.device_of(x):
+        launch_activation(hidden, b1, expert, act, alpha, limit)
+        down = grouped_product(act, w2, ends)
+        launch_combine(down, b2, routing_weights, row, router_indices, y, w1.shape[0])
     return y, hidden
 
 
@@ -59,7 +60,12 @@ def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, to
 
 
 @torch.library.impl("gptoss_kernels::experts_backward", "default")
-def _experts_backward(
+def _experts_backward(dy, x, *arguments):
+    with torch.cuda.device_of(x):
+        return _backward(dy, x, *arguments)
+
+
+def _backward(
     dy, x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends, alpha, limit, needed
 ):
     routing = Routing(token, slot, expert, row, ends)

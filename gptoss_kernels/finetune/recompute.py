@@ -18,10 +18,12 @@ def keep(layer: torch.nn.Module, names: frozenset[str]) -> None:
         layer: a GradientCheckpointingLayer of Transformers, in non-reentrant mode.
         names: out of "routing" (of tokens to experts), "attention" and "experts".
     """
+    # gpt-oss itself draws nothing; LoRA's dropout, where it is asked for, must draw the same numbers again.
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in layer.modules())
     layer._gradient_checkpointing_func = functools.partial(
         checkpoint,
         use_reentrant=False,
-        preserve_rng_state=False,  # gpt-oss has no dropout in its layers
+        preserve_rng_state=draws,
         context_fn=functools.partial(contexts, names),
     )
 

@@ -107,6 +107,19 @@ def test_what_is_kept_is_not_computed_again(kernels, model, batch, operators, at
     assert calls["gptoss_kernels::route"] == (2 if operators else 4)
 
 
+def test_dropout_draws_the_same_again():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 8)).train()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.manual_seed(1)
+    (want,) = torch.autograd.grad(layer(x).square().sum(), x)
+    keep(layer, ROUTING)
+    torch.manual_seed(1)
+    out = layer._gradient_checkpointing_func(layer, x)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], want)
+    keep(layer[0], ROUTING)
+    assert layer[0]._gradient_checkpointing_func.keywords["preserve_rng_state"] is False  # nothing to draw
+
+
 def test_a_kept_result_that_is_changed_in_place_is_noticed():
     from gptoss_kernels.keep import contexts, kept
 
