@@ -35,15 +35,15 @@ on it would go wrong:
 - It drops the reasoning before a tool call as soon as an answer follows, in the same turn as well. But the model has it
   in view when it writes that answer, so here it goes only once the next user turn begins.
 - It asks the clock for the date; here the date is fixed.
-- It encodes a tool call's `arguments` as JSON once more if they are a string, as in OpenAI's API; here a string is taken
-  as the JSON that it is.
+- It encodes a tool call's `arguments` as JSON once more if they are a string, as they are in OpenAI's API; here a string
+  is taken as the JSON that it is.
 - It silently leaves out second tool calls of a message and system messages that are not the first; here these are
   errors, and so are turns that gpt-oss could not have produced (see `render`).
 - A final reply ends with `<|return|>` wherever it is trained, not only at the end of the conversation.
 - `thinking` that is null or empty is no reasoning, rather than an error or an empty message.
 
-OpenAI's own renderer (`openai-harmony`) writes some of the context otherwise: no blank line after the instructions, what
-tools return without JSON quotes, objects in tool signatures indented. Where the two differ the template was followed.
+OpenAI's own renderer (`openai-harmony`) writes a few things otherwise: no blank line after the instructions, what tools
+return without JSON quotes, objects in tool signatures indented. Where the two differ, this follows the template.
 """
 
 import json
@@ -54,6 +54,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CHANNELS = ("analysis", "commentary", "final")
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in "start channel constrain message end return call".split())
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("low", "medium", "high")
 TURNS = ("all", "last")
@@ -315,13 +316,11 @@ def _encode_plain(texts: list[str], tokenizer) -> list[list[int]]:
     encoded = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )["input_ids"]
-    added = tokenizer.added_tokens_decoder.keys()
+    numbers = {tokenizer.convert_tokens_to_ids(token): token for token in SPECIAL_TOKENS}
     for piece, ids in zip(texts, encoded, strict=True):
-        if not added.isdisjoint(ids):
-            token = tokenizer.convert_ids_to_tokens(next(i for i in ids if i in added))
-            raise ValueError(
-                f"tokenizer: expected plain text to stay plain, {token!r} was taken for a token in {_show(piece)}"
-            )
+        if not numbers.keys().isdisjoint(ids):
+            token = next(numbers[number] for number in ids if number in numbers)
+            raise ValueError(f"tokenizer: expected plain text to stay plain, {token} became a token in {_show(piece)}")
     return encoded
 
 
