@@ -1,20 +1,34 @@
-"""Make the data set and the tokenizer in this folder, from nothing but the sentence patterns below.
+"""Make the data set and the tokenizer in this folder, from nothing but the sentence patterns in sentences.py.
 
     uv run python data/make_data.py            # writes data/reasoning/*.jsonl and data/tokenizer/
 
-Every row is one conversation about one small problem: `messages` (system, user, assistant with its `thinking`),
-`language`, `kind` and `answer`, the last of which the end of the assistant's reply can be checked against.
+Every row is one word problem of two steps, asked in one language and reasoned about in another, which the developer
+message names. Its answer is a number that the end of the reply can be checked against.
 """
 
 import argparse
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
+
+from sentences import FINAL, GAIN, HOW_MANY, LANGUAGES, LOSE, NAMES, REASONING, SENTENCES, SPLITS, THEN, THINGS
 
 HERE = Path(__file__).resolve().parent
 SEED = 42
-ROWS = {"train": 4000, "test": 200}
-VOCAB_SIZE = 1024
+ROWS = {"test": 400, "train": 5000}
+VOCAB_SIZE = 1536
+TOKENIZER_ROWS = 4000
+# The slots of a question's sentences, by family; a family is drawn first, so that each is as frequent as the others.
+FAMILIES = {
+    "story": ("have gain gain ask", "have gain lose ask", "have lose gain ask", "have lose lose ask"),
+    "boxes": ("boxes gain ask", "boxes lose ask"),
+    "share": ("share gain ask", "share lose ask"),
+    "compare": ("have more both", "have less both"),
+    "shop": ("price pay change",),
+}
+# English is what the small model reasons in before finetuning: asked for half as often as each other language.
+ASKED_FOR = [language for language in LANGUAGES for _ in range(1 if language == "English" else 2)]
 # Harmony's special tokens, by the names that gpt-oss uses. Padding is not the end of a reply: a loss that masks
 # padding would otherwise never teach the model to stop.
 BOS, PAD, EOS = "<|startoftext|>", "<|endoftext|>", "<|return|>"
@@ -29,234 +43,183 @@ SPECIAL_TOKENS = [
     "<|message|>",
     "<|call|>",
 ]
+IDENTITIES = ("You are ChatGPT, a large language model trained by OpenAI.", "You are a helpful assistant.")
+HARMONY_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 HARMONY_TEXTS = [
-    "You are a helpful assistant.\nCurrent date: 2025-06-28\n\nReasoning: medium\n\n",
-    "# Valid channels: analysis, commentary, final. Channel must be included for every message.",
-    "# Instructions\n\n",
+    *IDENTITIES,
+    "\nKnowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: medium\n\n",
+    HARMONY_CHANNELS,
+    *(f"# Instructions\n\nreasoning language: {language}\n\n" for language in LANGUAGES),
     *("system", "developer", "user", "assistant", "analysis", "commentary", "final", "low", "high"),
 ]
 
-# Names are the same in every language; things are not.
-NAMES = ["Ana", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Laura", "Marco"]
-THINGS = {
-    "English": ["apples", "books", "coins", "stamps", "marbles", "pencils"],
-    "Spanish": ["manzanas", "libros", "monedas", "sellos", "canicas", "lápices"],
-    "French": ["pommes", "livres", "pièces", "timbres", "billes", "crayons"],
-    "German": ["Äpfel", "Bücher", "Münzen", "Marken", "Murmeln", "Stifte"],
-    "Italian": ["mele", "libri", "monete", "francobolli", "biglie", "matite"],
-}
-DAYS = {
-    "English": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
-    "Spanish": ["lunes", "martes", "miércoles", "jueves", "viernes", "sábado", "domingo"],
-    "French": ["lundi", "mardi", "mercredi", "jeudi", "vendredi", "samedi", "dimanche"],
-    "German": ["Montag", "Dienstag", "Mittwoch", "Donnerstag", "Freitag", "Samstag", "Sonntag"],
-    "Italian": ["lunedì", "martedì", "mercoledì", "giovedì", "venerdì", "sabato", "domenica"],
-}
-# kind -> language -> (question, reasoning, reply). The reply ends with the answer and a full stop.
-PATTERNS = {
-    "story": {
-        "English": (
-            "{n} has {a} {t}, buys {b} more and gives {c} away. How many {t} does {n} have now?",
-            "{n} starts with {a}. Buying adds: {a} + {b} = {s}. Giving takes away: {s} - {c} = {r}.",
-            "{n} has {r} {t}. The answer is {r}.",
-        ),
-        "Spanish": (
-            "{n} tiene {a} {t}, compra {b} más y regala {c}. ¿Cuántas cosas tiene {n} ahora?",
-            "{n} empieza con {a}. Comprar suma: {a} + {b} = {s}. Regalar resta: {s} - {c} = {r}.",
-            "{n} tiene {r} {t}. La respuesta es {r}.",
-        ),
-        "French": (
-            "{n} a {a} {t}, en achète {b} et en donne {c}. Combien en a {n} maintenant ?",
-            "{n} commence avec {a}. Acheter ajoute : {a} + {b} = {s}. Donner enlève : {s} - {c} = {r}.",
-            "{n} a {r} {t}. La réponse est {r}.",
-        ),
-        "German": (
-            "{n} hat {a} {t}, kauft {b} dazu und verschenkt {c}. Wie viele {t} hat {n} jetzt?",
-            "{n} beginnt mit {a}. Kaufen zählt dazu: {a} + {b} = {s}. Verschenken zieht ab: {s} - {c} = {r}.",
-            "{n} hat {r} {t}. Die Antwort ist {r}.",
-        ),
-        "Italian": (
-            "{n} ha {a} {t}, ne compra {b} e ne regala {c}. Quante cose ha {n} adesso?",
-            "{n} comincia con {a}. Comprare aggiunge: {a} + {b} = {s}. Regalare toglie: {s} - {c} = {r}.",
-            "{n} ha {r} {t}. La risposta è {r}.",
-        ),
-    },
-    "boxes": {
-        "English": (
-            "There are {a} boxes with {b} {t} each. How many {t} are there in all?",
-            "Each box holds {b}, and there are {a} boxes: {a} * {b} = {r}.",
-            "There are {r} {t} in all. The answer is {r}.",
-        ),
-        "Spanish": (
-            "Hay {a} cajas con {b} {t} cada una. ¿Cuántas cosas hay en total?",
-            "Cada caja tiene {b} y hay {a} cajas: {a} * {b} = {r}.",
-            "Hay {r} {t} en total. La respuesta es {r}.",
-        ),
-        "French": (
-            "Il y a {a} boîtes avec {b} {t} chacune. Combien y en a-t-il en tout ?",
-            "Chaque boîte contient {b} et il y a {a} boîtes : {a} * {b} = {r}.",
-            "Il y a {r} {t} en tout. La réponse est {r}.",
-        ),
-        "German": (
-            "Es gibt {a} Kisten mit je {b} {t}. Wie viele {t} sind es insgesamt?",
-            "Jede Kiste enthält {b}, und es gibt {a} Kisten: {a} * {b} = {r}.",
-            "Es sind insgesamt {r} {t}. Die Antwort ist {r}.",
-        ),
-        "Italian": (
-            "Ci sono {a} scatole con {b} {t} ciascuna. Quante cose ci sono in tutto?",
-            "Ogni scatola ne contiene {b} e ci sono {a} scatole: {a} * {b} = {r}.",
-            "Ci sono {r} {t} in tutto. La risposta è {r}.",
-        ),
-    },
-    "ages": {
-        "English": (
-            "{n} is {a} years old. {m} is {b} years older than {n}. How old is {m}?",
-            "{m} is older, so the years are added: {a} + {b} = {r}.",
-            "{m} is {r} years old. The answer is {r}.",
-        ),
-        "Spanish": (
-            "{n} tiene {a} años. {m} tiene {b} años más que {n}. ¿Cuántos años tiene {m}?",
-            "{m} es mayor, así que los años se suman: {a} + {b} = {r}.",
-            "{m} tiene {r} años. La respuesta es {r}.",
-        ),
-        "French": (
-            "{n} a {a} ans. {m} a {b} ans de plus que {n}. Quel âge a {m} ?",
-            "{m} est plus âgé, donc les années s'ajoutent : {a} + {b} = {r}.",
-            "{m} a {r} ans. La réponse est {r}.",
-        ),
-        "German": (
-            "{n} ist {a} Jahre alt. {m} ist {b} Jahre älter als {n}. Wie alt ist {m}?",
-            "{m} ist älter, also werden die Jahre addiert: {a} + {b} = {r}.",
-            "{m} ist {r} Jahre alt. Die Antwort ist {r}.",
-        ),
-        "Italian": (
-            "{n} ha {a} anni. {m} ha {b} anni più di {n}. Quanti anni ha {m}?",
-            "{m} è più grande, quindi gli anni si sommano: {a} + {b} = {r}.",
-            "{m} ha {r} anni. La risposta è {r}.",
-        ),
-    },
-    "sequence": {
-        "English": (
-            "Which number comes next: {a}, {p}, {q}, {s}?",
-            "From {a} to {p} is {b}, and each step is the same: {s} + {b} = {r}.",
-            "The next number is {r}. The answer is {r}.",
-        ),
-        "Spanish": (
-            "¿Qué número sigue: {a}, {p}, {q}, {s}?",
-            "De {a} a {p} hay {b} y cada paso es igual: {s} + {b} = {r}.",
-            "El número siguiente es {r}. La respuesta es {r}.",
-        ),
-        "French": (
-            "Quel nombre vient ensuite : {a}, {p}, {q}, {s} ?",
-            "De {a} à {p} il y a {b} et chaque pas est le même : {s} + {b} = {r}.",
-            "Le nombre suivant est {r}. La réponse est {r}.",
-        ),
-        "German": (
-            "Welche Zahl kommt als Nächste: {a}, {p}, {q}, {s}?",
-            "Von {a} bis {p} sind es {b}, und jeder Schritt ist gleich: {s} + {b} = {r}.",
-            "Die nächste Zahl ist {r}. Die Antwort ist {r}.",
-        ),
-        "Italian": (
-            "Quale numero viene dopo: {a}, {p}, {q}, {s}?",
-            "Da {a} a {p} ci sono {b} e ogni passo è uguale: {s} + {b} = {r}.",
-            "Il numero successivo è {r}. La risposta è {r}.",
-        ),
-    },
-    "weekday": {
-        "English": (
-            "Today is {day}. Which day is it in {a} days?",
-            "A week has 7 days, and {a} days leave {b} over. Counting {b} from {day} gives {r}.",
-            "In {a} days it is {r}. The answer is {r}.",
-        ),
-        "Spanish": (
-            "Hoy es {day}. ¿Qué día será dentro de {a} días?",
-            "La semana tiene 7 días y de {a} días sobran {b}. Contando {b} desde {day} se llega a {r}.",
-            "Dentro de {a} días será {r}. La respuesta es {r}.",
-        ),
-        "French": (
-            "Aujourd'hui c'est {day}. Quel jour serons-nous dans {a} jours ?",
-            "Une semaine a 7 jours et de {a} jours il reste {b}. En comptant {b} depuis {day} on arrive à {r}.",
-            "Dans {a} jours nous serons {r}. La réponse est {r}.",
-        ),
-        "German": (
-            "Heute ist {day}. Welcher Tag ist in {a} Tagen?",
-            "Eine Woche hat 7 Tage, und von {a} Tagen bleiben {b} übrig. Von {day} aus {b} weiter ist {r}.",
-            "In {a} Tagen ist {r}. Die Antwort ist {r}.",
-        ),
-        "Italian": (
-            "Oggi è {day}. Che giorno sarà tra {a} giorni?",
-            "Una settimana ha 7 giorni e di {a} giorni ne restano {b}. Contando {b} da {day} si arriva a {r}.",
-            "Tra {a} giorni sarà {r}. La risposta è {r}.",
-        ),
-    },
-}
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem without its words.
+
+    Attributes:
+        kind: the slots of the question's sentences, with spaces between them.
+        numbers: of each sentence, in the order of kind: none, one or two.
+        steps: (slot of REASONING, p, q, o) of each sentence that is reasoned about.
+        answer: what is asked for, 2 to 99; never one of the question's numbers.
+    """
+
+    kind: str
+    numbers: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[str, int, int, int], ...]
+    answer: int
 
 
-def values(kind: str, language: str, rng: random.Random) -> dict[str, int | str]:
-    """The numbers and words of one problem; `r` is its answer. Small numbers, so that a small model can add them."""
-    n, m = rng.sample(NAMES, 2)
-    v = {"n": n, "m": m, "t": rng.choice(THINGS[language]), "day": rng.choice(DAYS[language])}
-    if kind == "story":
-        v["a"], v["b"] = rng.randint(2, 9), rng.randint(2, 9)
-        v["s"] = v["a"] + v["b"]
-        v["c"] = rng.randint(1, 3)
-        v["r"] = v["s"] - v["c"]
-    elif kind == "boxes":
-        v["a"], v["b"] = rng.randint(2, 9), rng.randint(2, 9)
-        v["r"] = v["a"] * v["b"]
-    elif kind == "ages":
-        v["a"], v["b"] = rng.randint(3, 19), rng.randint(2, 9)
-        v["r"] = v["a"] + v["b"]
-    elif kind == "sequence":
-        v["a"], v["b"] = rng.randint(1, 20), rng.randint(2, 5)
-        v["p"], v["q"], v["s"], v["r"] = (v["a"] + step * v["b"] for step in (1, 2, 3, 4))
-    elif kind == "weekday":
-        v["a"] = rng.randint(8, 30)
-        v["b"] = v["a"] % 7
-        v["r"] = DAYS[language][(DAYS[language].index(v["day"]) + v["b"]) % 7]
-    return v
+def draw_problem(rng: random.Random) -> Problem:
+    """A problem with small numbers: every number and every intermediate result is between 2 and 99."""
+    while True:
+        kind = rng.choice(FAMILIES[rng.choice(list(FAMILIES))])
+        problem = _solve(kind, rng)
+        values = [value for _, *step in problem.steps for value in step]
+        copied = problem.answer in [number for sentence in problem.numbers for number in sentence]
+        if not copied and 2 <= min(values) and max(values) <= 99:
+            return problem
 
 
-def row(rng: random.Random) -> dict:
-    kind, language = rng.choice(list(PATTERNS)), rng.choice(list(THINGS))
-    v = values(kind, language, rng)
-    question, reasoning, reply = (text.format(**v) for text in PATTERNS[kind][language])
+def _solve(kind: str, rng: random.Random) -> Problem:
+    slots, numbers, steps, value = kind.split(), [], [], 0
+    for slot in slots:
+        if slot == "have":
+            value = first = rng.randint(5, 50)
+            numbers.append((value,))
+            steps.append((slot, value, value, value))
+        elif slot in ("boxes", "price", "share"):
+            p, q = rng.randint(2, 9), rng.randint(2, 9 if slot != "share" else 12)
+            value = q if slot == "share" else p * q
+            p, q = (p * q, p) if slot == "share" else (p, q)
+            numbers.append((p, q))
+            steps.append((slot, p, q, value))
+        elif slot in ("gain", "lose", "more", "less"):
+            change = rng.randint(2, 30)
+            result = value + change if slot in ("gain", "more") else value - change
+            numbers.append((change,))
+            steps.append((slot, value, change, result))
+            value = result
+        elif slot == "both":
+            numbers.append(())
+            steps.append((slot, first, value, first + value))
+        elif slot == "pay":
+            paid = rng.randint(value + 2, 99) if value < 97 else 99
+            numbers.append((paid,))
+        elif slot == "change":
+            numbers.append(())
+            steps.append((slot, paid, value, paid - value))
+        else:
+            numbers.append(())
+    return Problem(kind, tuple(numbers), tuple(steps), steps[-1][3])
+
+
+@dataclass(frozen=True)
+class Words:
+    """Who and what a problem is about; things is a place in the lists of THINGS."""
+
+    n: str
+    m: str
+    things: int
+
+
+def draw_words(rng: random.Random) -> Words:
+    return Words(*rng.sample(NAMES, 2), rng.randrange(len(THINGS["English"])))
+
+
+def write_question(problem: Problem, words: Words, language: str, patterns: list[int], rng: random.Random) -> str:
+    """The question, each sentence in one of the wordings whose places in the lists of SENTENCES are `patterns`."""
+    things = THINGS[language][words.things]
+    how = f"{HOW_MANY[language][words.things]} {things}"
+    sentences = []
+    for slot, numbers in zip(problem.kind.split(), problem.numbers, strict=True):
+        x, y = (*numbers, None, None)[:2]
+        verb = rng.choice((GAIN if slot == "gain" else LOSE)[language])
+        sentences.append(
+            SENTENCES[language][slot][rng.choice(patterns)].format(
+                n=words.n,
+                m=words.m,
+                t=things,
+                x=x,
+                y=y,
+                v=verb,
+                Then=rng.choice(THEN[language]),
+                how=how,
+                How=how[0].upper() + how[1:],
+            )  # fmt: skip
+        )
+    return " ".join(sentences)
+
+
+def write_reasoning(problem: Problem, words: Words, language: str, style: int) -> str:
+    """The steps to the answer in one of the two styles of REASONING."""
+    patterns = REASONING[language]
+    lines = [patterns[slot][style].format(n=words.n, m=words.m, p=p, q=q, o=o) for slot, p, q, o in problem.steps]
+    return " ".join([*lines, patterns["end"][style].format(o=problem.answer)])
+
+
+def write_final(problem: Problem, words: Words, language: str) -> str:
+    """The reply; it ends with the answer and a full stop."""
+    pattern = FINAL[language][problem.kind.split()[-1]]
+    return pattern.format(n=words.n, m=words.m, t=THINGS[language][words.things], o=problem.answer)
+
+
+def make_row(rng: random.Random, patterns: list[int]) -> dict:
+    """A row in the columns of Multilingual-Thinking, and what a checker needs."""
+    problem, words = draw_problem(rng), draw_words(rng)
+    language, reasoning_language = rng.choice(LANGUAGES), rng.choice(ASKED_FOR)
+    developer = f"reasoning language: {reasoning_language}"
+    user = write_question(problem, words, language, patterns, rng)
+    analysis = write_reasoning(problem, words, reasoning_language, rng.randrange(2))
+    final = write_final(problem, words, language)
     return {
+        "reasoning_language": reasoning_language,
+        "developer": developer,
+        "user": user,
+        "analysis": analysis,
+        "final": final,
         "messages": [
-            {"role": "system", "content": f"reasoning language: {language}"},
-            {"role": "user", "content": question},
-            {"role": "assistant", "thinking": reasoning, "content": reply},
+            {"role": "system", "content": developer},
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": final, "thinking": analysis},
         ],
         "language": language,
-        "kind": kind,
-        "answer": str(v["r"]),
+        "kind": problem.kind,
+        "answer": str(problem.answer),
     }
 
 
+def places(*splits: str) -> list[int]:
+    """The places of the splits' wordings in the lists of SENTENCES."""
+    return [place for split in splits for place in range(SPLITS[split].start, SPLITS[split].stop)]
+
+
 def make_rows() -> dict[str, list[dict]]:
-    """The splits. No question of the test split occurs in the train split, and none occurs twice."""
+    """The splits; no question occurs twice."""
     rng, seen = random.Random(SEED), set()
     splits = {}
-    for split in ("test", "train"):
+    for split, size in ROWS.items():
         rows = []
-        while len(rows) < ROWS[split]:
-            candidate = row(rng)
-            question = candidate["messages"][1]["content"]
-            if question not in seen:
-                seen.add(question)
-                rows.append(candidate)
+        while len(rows) < size:
+            row = make_row(rng, places(split))
+            if row["user"] not in seen:
+                seen.add(row["user"])
+                rows.append(row)
         splits[split] = rows
     return splits
 
 
-def make_tokenizer(rows: list[dict]):
-    """A byte-level BPE on the rows' text, digits one by one, with Harmony's special tokens and chat template."""
+def make_tokenizer():
+    """A byte-level BPE on what pretraining shows, digits one by one, with Harmony's special tokens and template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     template = (HERE / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
-    texts = [m[key] for r in rows for m in r["messages"] for key in ("thinking", "content") if m.get(key)]
-    # The words that the template itself writes must be learned too, as often as it writes them.
+    rng = random.Random(SEED)
+    rows = [make_row(rng, places("pretraining", "train")) for _ in range(TOKENIZER_ROWS)]
+    texts = [row[column] for row in rows for column in ("user", "analysis", "final")]
+    # The words that templates write must be learned too, as often as they write them.
     texts += HARMONY_TEXTS * len(rows)
 
     bpe = Tokenizer(models.BPE())
@@ -284,12 +247,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write into (default: this one)")
     output = parser.parse_args().output
-    splits = make_rows()
     (output / "reasoning").mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
+    for split, rows in make_rows().items():
         with open(output / "reasoning" / f"{split}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    make_tokenizer(splits["train"]).save_pretrained(output / "tokenizer")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    make_tokenizer().save_pretrained(output / "tokenizer")
 
 
 if __name__ == "__main__":
