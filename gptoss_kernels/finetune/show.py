@@ -6,22 +6,29 @@ Rows are those of the training set (`packing.build`), whose documents are shown 
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from .errors import SetupError
 from .packing import CHANNELS, Report
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
+    from .config import Arguments
     from .harmony import Encoded
 
     Row = Mapping | Encoded
@@ -203,6 +210,7 @@ STYLE = (
     "white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 ui-monospace,monospace;"
     "border-left:3px solid #888;padding-left:.6em;margin:.4em 0"
 )
+OUTLINE = "outline:1px solid #888;margin:0 1px"
 
 
 class Html:
@@ -241,7 +249,7 @@ def html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, statistics:
     parts = [f"<pre>{escape(str(statistics))}</pre>"] if statistics else []
     parts.append(
         f"<p>loss: {legend or 'on nothing'} (channel and weight); everything else is context, weight 0. "
-        '<span style="outline:1px solid">outlined</span>: a special token. ↵ line feed, ⇥ tab.</p>'
+        f'<span style="{OUTLINE}">outlined</span>: a special token. ↵ line feed, ⇥ tab.</p>'
     )
     for number, row in enumerate(shown, 1):
         tokens = sum(len(cell.ids) for document in row for cell in document)
@@ -264,7 +272,7 @@ def _background(channel: str, strength: float) -> str:
 def _span(cell: Cell, kinds: dict[tuple[str, float], float]) -> str:
     styles = [_background(cell.channel, kinds[cell.channel, cell.weight])] if cell.weight else []
     if cell.special:
-        styles.append("outline:1px solid")
+        styles.append(OUTLINE)
     style = f' style="{";".join(styles)}"' if styles else ""
     ids = " ".join(map(str, cell.ids))
     title = f"id {ids}, weight {cell.weight:g}, channel {cell.channel or 'none'}, position {cell.position}"
@@ -289,10 +297,11 @@ class Statistics:
         report = self.report
         low, median, high, top = self.lengths
         left_out = report.untrained + report.cut_away
+        cut = f"longer than {report.max_length:,} tokens; {report.tokens_cut:,} tokens cut" if report.max_length else ""
         lines = [
             ("conversations", report.conversations, f"{len(report.skipped):,} more skipped as bad rows"),
             ("examples", report.examples, f"{left_out:,} more left out, of which nothing would be trained"),
-            ("truncated", report.truncated + report.cut_away, f"of them all; {report.tokens_cut:,} tokens cut"),
+            ("truncated", report.truncated + report.cut_away, cut),
             ("rows", report.rows, f"packed, {report.fill:.1%} filled" if report.packed else "an example each"),
             ("tokens", report.tokens, f"an example: min {low:,}, median {median:,g}, 95% {high:,.0f}, max {top:,}"),
         ]
@@ -301,7 +310,7 @@ class Statistics:
         for channel, count in self.trained.items():
             shares = _share(count, report.tokens), _share(self.weight[channel], weight)
             lines.append((f"  {channel or NO_CHANNEL}", count, f"{shares[0]} of the tokens, {shares[1]} of all weight"))
-        return "\n".join(f"{name:<14}{number:>12,}  {note}" for name, number, note in lines)
+        return "\n".join(f"{name:<14}{number:>12,}  {note}".rstrip() for name, number, note in lines)
 
 
 def _share(part: float, whole: float) -> str:
@@ -373,3 +382,96 @@ def length_histogram(lengths: Sequence[int], *, max_length: int | None = None) -
         figure.legend(loc="outside upper right")
     axes.grid(alpha=0.3)
     return figure
+
+
+COMMAND = "python -m gptoss_kernels.finetune.data show"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints what a configuration trains on: the counts, and some rows. The model is not loaded.
+
+    Args:
+        argv: the command line after `show`.
+
+    Raises:
+        SystemExit: with a line on stderr, for settings and data that training would refuse too.
+    """
+    parser = argparse.ArgumentParser(prog=COMMAND, description=main.__doc__.splitlines()[0], allow_abbrev=False)
+    parser.epilog = "All settings of sft.py can be given too: --config FILE --max_length 4096 ..."
+    parser.add_argument("--rows", type=_rows, default=3, metavar="N", help="rows to show, drawn by the seed; default 3")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the rows as a page, with tooltips")
+    parser.add_argument("--histogram", type=Path, metavar="FILE", help="also write how long the examples are (.png, …)")
+    options, rest = parser.parse_known_args(argv)
+    # Transformers renamed gradient_checkpointing in 5.23 and warns about TRL's default.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    from .config import parse
+
+    # Looking needs no GPU, and bf16 would ask for one.
+    arguments = parse(["--use_cpu=true", *rest])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal lacks a character
+    console = _console()
+    try:
+        _show(arguments, options, console)
+    except (SetupError, OSError) as error:
+        sys.exit(f"{COMMAND}: error: {error}")
+
+
+def _show(arguments: Arguments, options: argparse.Namespace, console: Console) -> None:
+    tokenizer, dataset, report = load(arguments, say=console.print)
+    counts = statistics(dataset, report)
+    console.print(str(counts))
+    number = min(options.rows, len(dataset))
+    seed = arguments.training.seed
+    drawn = np.sort(np.random.default_rng(seed).choice(len(dataset), size=number, replace=False))
+    rows = [dataset[int(i)] for i in drawn]
+    if rows:
+        numbers = ", ".join(f"{i + 1:,}" for i in drawn)
+        console.print(f"\nrows {numbers} of {len(dataset):,}, drawn by seed {seed}")
+        terminal(rows, tokenizer)
+    if options.html:
+        options.html.write_text(html(rows, tokenizer, statistics=counts).page(), encoding="utf-8")
+        console.print(f"\nwritten: {options.html}")
+    if options.histogram:
+        figure = length_histogram(report.lengths, max_length=report.max_length)
+        try:
+            figure.savefig(options.histogram, dpi=150)
+        except ValueError as error:
+            raise SetupError(f"histogram: {error}") from error
+        console.print(f"\nwritten: {options.histogram}")
+
+
+def load(
+    arguments: Arguments, *, say: Callable[[str], None] = print
+) -> tuple[PreTrainedTokenizerBase, Dataset, Report]:
+    """The tokenizer and the training set of a run, as training loads them, and what became of the data.
+
+    Args:
+        arguments: from `config.parse`.
+        say: takes what there is to say about the choice of data.
+
+    Raises:
+        SetupError: the tokenizer or the data cannot be loaded, or a row is malformed.
+    """
+    from .data import load_splits, load_tokenizer, prepare
+    from .train import use_shipped
+
+    model, data, training = arguments.model, arguments.data, arguments.training
+    if model.model_init == "random":
+        use_shipped(arguments, say)
+    tokenizer = load_tokenizer(
+        model.tokenizer_name or model.model_name_or_path,
+        conversation_date=data.conversation_date,
+        revision="main" if model.tokenizer_name else model.model_revision,
+    )
+    held_out = training.eval_strategy != "no" or training.eval_on_start
+    progress = not training.disable_tqdm
+    split, _ = load_splits(data, held_out=held_out, seed=training.seed, progress=progress)
+    dataset, report = prepare(split, tokenizer, arguments, packing=training.packing, progress=progress)
+    return tokenizer, dataset, report
+
+
+def _rows(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of rows, 0 or more, got {text!r}")
+    return int(text)

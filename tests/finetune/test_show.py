@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -47,6 +49,28 @@ def encode(tokenizer):
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+class Reader(HTMLParser):
+    """Text, and the attributes of every <span> with a title, as a browser would read them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.tokens, self._title = [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._title = dict(attrs) if tag == "span" and "title" in dict(attrs) else None
+        if self._title:
+            self.tokens.append([self._title, ""])
+
+    def handle_data(self, data):
+        if self._title:
+            self.tokens[-1][1] += data
+
+    def handle_endtag(self, tag):
+        self._title = None
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +154,9 @@ def test_text_that_looks_like_a_special_token_is_told_from_one(tokenizer, encode
     assert printed([encode(pieces)], tokenizer).splitlines()[-1] == "say <|end|>"
     assert printed([encode(pieces, plain=True)], tokenizer).splitlines()[-1] == "say \\<|end|>"
     assert ("", "", "say <|end|>\n") in styles(printed([encode(pieces, plain=True)], tokenizer, Terminal()))
-    real, text = (show.html([encode(pieces, plain)], tokenizer).body for plain in (False, True))
-    assert 'outline:1px solid" title="id' in real and 'outline:1px solid" title="id' not in text
+    for plain in (False, True):
+        page = Reader(show.html([encode(pieces, plain)], tokenizer).body)
+        assert any("outline" in attributes.get("style", "") for attributes, _ in page.tokens) is not plain
 
 
 def test_nothing_in_the_data_steers_the_terminal_or_is_invisible(tokenizer, encode):
@@ -181,28 +206,6 @@ def test_packed_documents_have_borders_and_positions_of_their_own(tokenizer, enc
     assert page.count("position 0") == 2 and f"position {max(sizes)}" not in page
 
 
-class Reader(HTMLParser):
-    """Text, and the attributes of every <span> with a title, as a browser would read them."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.tokens, self._title = [], [], None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self._title = dict(attrs) if tag == "span" and "title" in dict(attrs) else None
-        if self._title:
-            self.tokens.append([self._title, ""])
-
-    def handle_data(self, data):
-        if self._title:
-            self.tokens[-1][1] += data
-
-    def handle_endtag(self, tag):
-        self._title = None
-
-
 def test_html_escapes_everything(tokenizer, encode):
     text = "<script>alert('&amp;')</script> \" <!-- </div></span> <|end|> \x00"
     page = Reader(show.html([encode([(text, "final", 1.0)])], tokenizer).page())
@@ -250,7 +253,7 @@ def test_statistics_of_rows_counted_by_hand():
     assert str(found).splitlines() == [
         "conversations            3  1 more skipped as bad rows",
         "examples                 3  1 more left out, of which nothing would be trained",
-        "truncated                1  of them all; 14 tokens cut",
+        "truncated                1  longer than 16 tokens; 14 tokens cut",
         "rows                     2  packed, 100.0% filled",
         "tokens                  32  an example: min 4, median 8, 95% 27, max 30",
         "trained                 26  81.2% of the tokens",
@@ -282,3 +285,86 @@ def test_histogram_holds_every_length_and_marks_max_length(lengths, scales):
     assert list(line.get_xdata()) == [8, 8]
     longer = sum(n > 8 for n in lengths)
     assert line.get_label().startswith(f"max_length 8: {longer} example{'' if longer == 1 else 's'} longer")
+
+
+@pytest.fixture
+def run(shapes, dataset, tmp_path):
+    """The arguments of a run on 120 of the shipped rows, and what is added to them."""
+
+    def make(*more) -> list[str]:
+        settings = {
+            "model_name_or_path": shapes,
+            "model_init": "random",
+            "dataset_name": dataset,
+            "output_dir": tmp_path / "run",
+            "packing": "true",
+            "max_length": 768,
+            "disable_tqdm": "true",
+        }
+        return [f"--{key}={value}" for key, value in settings.items()] + list(more)
+
+    return make
+
+
+def test_the_command_shows_what_training_gets(run, settings, tmp_path, capsys):
+    page, image = tmp_path / "rows.html", tmp_path / "lengths.png"
+    show.main(run("--rows=2", "--html", str(page), "--histogram", str(image)))
+    output = capsys.readouterr().out
+    arguments = settings(max_length=768)
+    tokenizer, rows, report = show.load(arguments, say=lambda text: None)
+    assert str(show.statistics(rows, report)) in output
+    drawn = re.search(r"rows (\d+), (\d+) of (\d+), drawn by seed 42", output)
+    assert int(drawn[3]) == len(rows) < report.conversations == 120
+    wanted = [rows[int(drawn[i]) - 1] for i in (1, 2)]
+    assert output[output.index("loss: ") :].startswith(printed(wanted, tokenizer))
+    assert (
+        page.read_text(encoding="utf-8")
+        == show.html(wanted, tokenizer, statistics=show.statistics(rows, report)).page()
+    )
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_on_the_command_line_count(run, capsys):
+    show.main(run("--rows=1", "--end_token=end", "--channel_weights", '{"final": 0.25}'))
+    shown = capsys.readouterr().out.split("document 1 of")[1]
+    assert "⟦final 0.25│<|start|>assistant<|channel|>final<|message|>" in shown
+    assert "<|end|>⟧" in shown and "<|return|>" not in shown and "⟦analysis" not in shown
+
+
+def test_looking_needs_no_gpu(run, dataset, capsys):
+    given = ["--config", str(ROOT / "configs" / "sft_lora.yaml"), "--tokenizer_name", "data/tokenizer"]
+    show.main([*given, "--dataset_name", dataset, "--rows=0", "--disable_tqdm=true"])
+    output = capsys.readouterr().out
+    assert "conversations          120" in output and "loss:" not in output
+
+
+@pytest.mark.parametrize(
+    "more, code, message",
+    [
+        (["--row=1"], 2, "unknown key --row"),
+        (["--rows=-1"], 2, "--rows: expected a number of rows, 0 or more, got '-1'"),
+        (["--dataset_name=missing.jsonl"], f"{show.COMMAND}: error: dataset_name", ""),
+        (["--html=missing/rows.html"], f"{show.COMMAND}: error: [Errno 2]", ""),
+        (["--histogram=lengths.nothing"], f"{show.COMMAND}: error: histogram", ""),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(run, more, code, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        show.main(run(*more))
+    assert str(error.value.code).startswith(str(code))
+    assert message in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(run):
+    command = "import sys; from gptoss_kernels.finetune.show import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", command, *run()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait()
+    assert process.returncode in (0, 1)
