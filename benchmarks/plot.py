@@ -90,7 +90,7 @@ def draw_parts(rows: list[dict[str, str]], tokens: int = 16384):
 
 def main() -> None:
     draw(harness.read_rows(ATTENTION)).savefig(ATTENTION.with_suffix(".png"), dpi=150)
-    rows = harness.read_rows(TRAIN_STEP)
+    rows = [row for row in harness.read_rows(TRAIN_STEP) if row["training"] == "lora"]
     draw_train_step(rows).savefig(TRAIN_STEP.with_suffix(".png"), dpi=150)
     draw_parts(rows).savefig(TRAIN_STEP.with_name("train_step_parts.png"), dpi=150)
 

@@ -78,21 +78,23 @@ def finetune_table(rows: list[dict[str, str]]) -> str:
 
 
 def train_step_table(rows: list[dict[str, str]]) -> str:
-    """Markdown: tokens/s and peak memory of a whole LoRA step, a line a variant, a column a length."""
-    newest = {(r["gpu"], r["model"], r["layers"], r["variant"], int(r["tokens"])): r for r in rows}
+    """Markdown: tokens/s and peak memory of a whole step, a line a variant, a column a length, a table a setting."""
+    newest = {(r["gpu"], r["model"], r["layers"], r["training"], r["variant"], int(r["tokens"])): r for r in rows}
     tables = []
-    for gpu, model, layers in dict.fromkeys(key[:3] for key in newest):
-        cells = {key[3:]: row for key, row in newest.items() if key[:3] == (gpu, model, layers)}
+    for gpu, model, layers, training in dict.fromkeys(key[:4] for key in newest):
+        cells = {key[4:]: row for key, row in newest.items() if key[:4] == (gpu, model, layers, training)}
         lengths = sorted({tokens for _, tokens in cells})
         lines = ["| tokens/s, peak GiB | " + " | ".join(f"{tokens:,} tokens" for tokens in lengths) + " |"]
         lines.append("|---" * (1 + len(lengths)) + "|")
-        for variant, label in VARIANTS.items():
+        others = {variant: variant.replace("/", ", ") for variant, _ in cells if variant not in VARIANTS}
+        for variant, label in (VARIANTS | others).items():
             found = [cells.get((variant, tokens)) for tokens in lengths]
             if any(found):
                 texts = [f"{int(r['tokens_per_second']):,}, {float(r['peak_gib']):.1f}" if r else "–" for r in found]
                 lines.append(f"| {label} | {' | '.join(texts)} |")
         used = list(cells.values())
-        head = f"{gpu}, {model}, {layers} layers, LoRA r=8 on attention, bf16, gradient checkpointing, batch 1."
+        trained = {"lora": "LoRA r=8 on attention", "full": "all weights trained"}[training]
+        head = f"{gpu}, {model}, {layers} layers, {trained}, bf16, gradient checkpointing, batch 1."
         versions = ", ".join(f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers", "packages"))
         foot = f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {versions}."
         tables.append("\n\n".join((head, "\n".join(lines), foot)))

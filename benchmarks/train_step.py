@@ -1,15 +1,18 @@
-"""Speed, peak memory and where the time goes of one LoRA training step of gpt-oss, on random weights of real shapes.
+"""Speed, peak memory and where the time goes of one training step of gpt-oss, on random weights of real shapes.
 
 python benchmarks/train_step.py                       ours, lean and as fast as memory allows, 8,192 and 16,384 tokens
 python benchmarks/train_step.py --variants ours:auto,flex,flash_attention_4,eager --lengths 4096,8192,16384,32768
+python benchmarks/train_step.py --training full --layers 6 --variants ours:lean,flex       all weights, on one 80 GB GPU
 
 A step is the whole step: one document of the full length, copied to the GPU, forward, backward, clipping, AdamW.
 Variants:
   ours:lean|auto|fast  patch_gpt_oss and the fused loss; what is kept for the backward pass as sft.py's recomputation
   flex, flash_attention_4   that attention, Transformers' grouped_mm, Liger's fused linear cross-entropy
   eager                     eager attention, grouped_mm, full logits
-All with gradient checkpointing, LoRA r=8 on q, k, v, o, bf16 weights, autocast as Trainer uses it. Random routing is
-nearly balanced: the load (max over mean) is in the row.
+  ATTENTION/EXPERTS/LOSS    any mixture, such as gptoss_triton/grouped_mm/trl; LOSS is ours, trl, liger or logits
+All with gradient checkpointing, bf16 weights, autocast as Trainer uses it, and LoRA r=8 on q, k, v, o or all weights
+(ours then takes TRL's loss, for a trained LM head). Random routing is nearly balanced: the load (max over mean) is in
+the row.
 """
 
 import argparse
@@ -26,12 +29,20 @@ from gptoss_kernels import patch_gpt_oss, unpatch_gpt_oss
 from gptoss_kernels.testing import SHAPES, random_gpt_oss
 
 COLUMNS = [
-    "variant", "model", "layers", "tokens", "tokens_per_second", "step_ms", "step_p20_ms", "step_p80_ms", "peak_gib",
-    "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms", "idle_ms",
+    "variant", "training", "model", "layers", "tokens", "tokens_per_second", "step_ms", "step_p20_ms", "step_p80_ms",
+    "peak_gib", "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms", "idle_ms",
     "kept_attention", "kept_experts", "load_max_over_mean", "loss", "packages",
     "gpu", "torch", "triton", "transformers", "date", "commit",
 ]  # fmt: skip
-SHOWN = COLUMNS[:1] + COLUMNS[3:6] + COLUMNS[8:20]
+SHOWN = COLUMNS[:2] + COLUMNS[4:7] + COLUMNS[9:21]
+
+# variant -> attention, experts, loss
+STACKS = {
+    "flex": ("flex_attention", "grouped_mm", "liger"),
+    "flash_attention_4": ("flash_attention_4", "grouped_mm", "liger"),
+    "eager": ("eager", "grouped_mm", "logits"),
+}
+LOSSES = ("ours", "trl", "liger", "logits")
 
 # GPU kernels by name; the first pattern that is found decides. GEMMs are those of projections and the LM head.
 PARTS = {
@@ -50,7 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--variants", default="ours:lean,ours:auto", help="of ours:lean, ours:auto, ours:fast, flex, eager, "
-        "flash_attention_4")  # fmt: skip
+        "flash_attention_4, ATTENTION/EXPERTS/LOSS")  # fmt: skip
+    add("--training", default="lora", choices=["lora", "full"], help="LoRA on attention, or all weights")
     add("--lengths", default="8192,16384", help="tokens")
     add("--model", default="gpt-oss-20b", choices=list(SHAPES))
     add("--layers", type=int, help="fewer than the model's, to try the script")
@@ -59,9 +71,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.variants = options.variants.split(",")
     for variant in options.variants:
-        if not re.fullmatch(r"ours:(lean|auto|fast)|flex|eager|flash_attention_4", variant):
-            parser.error(f"--variants: expected ours:lean, ours:auto, ours:fast, flex, flash_attention_4 or eager, "
-                         f"got {variant!r}")  # fmt: skip
+        known = rf"ours:(lean|auto|fast)|{'|'.join(STACKS)}|\w+/\w+/({'|'.join(LOSSES)})"
+        if not re.fullmatch(known, variant):
+            parser.error(f"--variants: expected ours:lean, ours:auto, ours:fast, {', '.join(STACKS)} or "
+                         f"ATTENTION/EXPERTS/LOSS, got {variant!r}")  # fmt: skip
     try:
         options.lengths = [int(part) for part in options.lengths.split(",")]
     except ValueError:
@@ -72,9 +85,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def model_flops(config, tokens: int) -> float:
-    """FLOPs that a LoRA step needs: products of active, frozen weights forward and for the gradient of their input,
-    attention over the keys that each layer's window lets through, forward and 2.5 times that backward."""
+def model_flops(config, tokens: int, training: str = "lora") -> float:
+    """FLOPs that a step needs: products of active weights forward, for the gradient of their input and, if all are
+    trained, for their own; attention over the keys that each layer's window lets through, and 2.5 times that backward.
+    """
     hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     layer = hidden * (2 * width + 2 * kv) + 3 * config.num_experts_per_tok * hidden * config.intermediate_size
@@ -84,35 +98,35 @@ def model_flops(config, tokens: int) -> float:
     for kind in config.layer_types:
         window = min(config.sliding_window, tokens) if kind == "sliding_attention" else tokens
         pairs += window * (window + 1) // 2 + (tokens - window) * window
-    return 4.0 * weights * tokens + 3.5 * 4.0 * width * pairs
+    return (4.0 if training == "lora" else 6.0) * weights * tokens + 3.5 * 4.0 * width * pairs
 
 
 class Step:
     """One variant of the training step, set up on the model."""
 
-    def __init__(self, variant: str, peft_model, tokens: int):
+    def __init__(self, variant: str, model, tokens: int, training: str = "lora"):
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
-        self.variant, self.model, self.tokens = variant, peft_model, tokens
-        self.base = next(module for module in peft_model.modules() if isinstance(module, GptOssForCausalLM))
+        self.variant, self.model, self.tokens = variant, model, tokens
+        self.base = next(module for module in model.modules() if isinstance(module, GptOssForCausalLM))
         self.kept = (None, None)
-        unpatch_gpt_oss(peft_model)
-        peft_model.train()
+        unpatch_gpt_oss(model)
+        vars(self.base).pop("forward", None)  # TRL's, of an earlier variant
+        model.train()
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if variant.startswith("ours"):
-            from gptoss_kernels.layers.loss import linear_cross_entropy
-
-            patch_gpt_oss(peft_model)
-            self.criterion = linear_cross_entropy
+            patch_gpt_oss(model)
+            self.loss = "ours" if training == "lora" else "trl"
             self.recompute(variant.partition(":")[2])
         else:
-            self.base.set_attn_implementation({"flex": "flex_attention"}.get(variant, variant))
-            self.base.set_experts_implementation("grouped_mm")
-            if variant != "eager":
-                from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            attention, experts, self.loss = STACKS.get(variant) or variant.split("/")
+            self.base.set_attn_implementation(attention)
+            self.base.set_experts_implementation(experts)
+        if self.loss == "trl":
+            from trl.trainer.utils import add_fused_lm_head
 
-                self.criterion = liger_fused_linear_cross_entropy
-        trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+            add_fused_lm_head(self.base)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trained, self.optimizer = trained, torch.optim.AdamW(trained, lr=1e-5, fused=True)
         generator = torch.Generator().manual_seed(0)
         vocab = self.base.config.vocab_size
@@ -133,15 +147,24 @@ class Step:
             chooser.use_free_memory(torch.device("cuda"))
             self.kept = chooser.attention, chooser.experts
 
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.loss == "logits":
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        if self.loss == "trl":
+            return self.model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+        hidden = self.base.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        if self.loss == "ours":
+            from gptoss_kernels.layers.loss import linear_cross_entropy
+
+            return linear_cross_entropy(hidden, self.base.lm_head.weight, ids[0, 1:])[0].mean()
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(hidden, self.base.lm_head.weight, ids[0, 1:])
+
     def __call__(self, n: int) -> torch.Tensor:
         ids = self.batches[n % 3].to("cuda", non_blocking=True)
         with torch.autocast("cuda", torch.bfloat16):
-            if self.variant == "eager":
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-            else:
-                hidden = self.base.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-                loss = self.criterion(hidden, self.base.lm_head.weight, ids[0, 1:])
-                loss = loss[0].mean() if self.variant.startswith("ours") else loss
+            loss = self.forward(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -181,7 +204,7 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     print(f"{step.variant}, {step.tokens} tokens: top ten of {sum(t for t, _, _ in top):.0f} ms")
     for ms, count, name in sorted(top, reverse=True)[:10]:
         print(f"  {ms:8.2f} ms  {count:5d}x  {name}")
-    flops = model_flops(step.base.config, step.tokens)
+    flops = model_flops(step.base.config, step.tokens, options.training)
     return {
         "tokens_per_second": round(step.tokens / median * 1e3), "step_ms": median, "step_p20_ms": p20,
         "step_p80_ms": p80, "peak_gib": peak, "mfu": flops / median / 1e-3 / 989e12, **parts,
@@ -212,28 +235,31 @@ def main(arguments: list[str] | None = None) -> None:
         options.model, device="cuda", dtype=torch.bfloat16, attn_implementation="gptoss_triton",
         experts_implementation="gptoss_triton", num_hidden_layers=options.layers,
     )  # fmt: skip
-    model.enable_input_require_grads()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    peft_model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    if options.training == "lora":
+        model.enable_input_require_grads()
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        trained = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    else:
+        trained = model.requires_grad_()
     balance = load(model, 4096)
-    packages = {"peft": "", "liger-kernel": "", "flash-attn-4": ""}
-    packages = " ".join(f"{name} {harness.version(name)}" for name in packages if harness.version(name))
+    names = ("peft", "liger-kernel", "trl", "flash-attn-4")
+    packages = " ".join(f"{name} {harness.version(name)}" for name in names if harness.version(name))
     rows = []
     for tokens in options.lengths:
         for variant in options.variants:
             gc.collect()
             torch.cuda.empty_cache()
             try:
-                result = measure(Step(variant, peft_model, tokens), options)
+                result = measure(Step(variant, trained, tokens, options.training), options)
             except Exception as error:  # running out of memory is what eager does; ours must not
-                peft_model.zero_grad(set_to_none=True)
+                trained.zero_grad(set_to_none=True)
                 if variant.startswith("ours"):
                     raise
                 print(f"{variant}: {tokens} tokens: no row, {type(error).__name__}: {str(error).splitlines()[0][:150]}")
                 continue
             row = {
-                "variant": variant, "model": options.model, "layers": options.layers, "tokens": tokens, **result,
-                "load_max_over_mean": balance, "packages": packages, **origin,
+                "variant": variant, "training": options.training, "model": options.model, "layers": options.layers,
+                "tokens": tokens, **result, "load_max_over_mean": balance, "packages": packages, **origin,
             }  # fmt: skip
             rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
             harness.append_rows(options.output, COLUMNS, rows[-1:])

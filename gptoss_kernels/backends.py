@@ -16,6 +16,12 @@ def names(dtypes) -> str:
 _problem = functools.cache(interpreter_problem)
 
 
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """CUDA compute capability of a device, asked for once."""
+    return torch.cuda.get_device_capability(device)
+
+
 def default_backend(x: torch.Tensor) -> str:
     """The backend that `backend="auto"` stands for with tensors like x: "triton" or "reference"."""
     if not triton_available():
@@ -46,11 +52,11 @@ def check_triton(name: str, x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f'{name}: backend="triton" expected one of {names(DTYPES)}, got {x.dtype}')
     if x.is_cuda and not interpreting():
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < (7, 5):
-            raise RuntimeError(f'backend="triton": expected compute capability 7.5 or newer, got {capability}')
-        if x.dtype == torch.bfloat16 and capability < (8, 0):
+        found = capability(x.get_device())
+        if found < (7, 5):
+            raise RuntimeError(f'backend="triton": expected compute capability 7.5 or newer, got {found}')
+        if x.dtype == torch.bfloat16 and found < (8, 0):
             raise TypeError(
                 f"{name}: expected torch.float16 or torch.float32 on {torch.cuda.get_device_name(x.device)} (compute "
-                f"capability {capability[0]}.{capability[1]} has no bfloat16 matrix units), got torch.bfloat16"
+                f"capability {found[0]}.{found[1]} has no bfloat16 matrix units), got torch.bfloat16"
             )

@@ -49,8 +49,7 @@ def _attention_forward(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_pa
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     out = _empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        launch_forward(q, k, v, sinks, out, lse, scale, sliding_window, cu_seqlens, key_padding_mask, INTERPRETED)
+    launch_forward(q, k, v, sinks, out, lse, scale, sliding_window, cu_seqlens, key_padding_mask, INTERPRETED)
     return out, lse
 
 
@@ -64,11 +63,10 @@ def _attention_backward(dout, dlse, q, k, v, out, lse, sinks, scale, sliding_win
     _check_lane()
     q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(dout)
     dq, dk, dv = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
-    with torch.cuda.device_of(q):
-        dsinks = launch_backward(
-            dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, scale, sliding_window, cu_seqlens, key_padding_mask,
-            INTERPRETED,
-        )  # fmt: skip
+    dsinks = launch_backward(
+        dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, scale, sliding_window, cu_seqlens, key_padding_mask,
+        INTERPRETED,
+    )  # fmt: skip
     return dq, dk, dv, q.new_empty(0) if sinks is None else dsinks.to(sinks.dtype)
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from . import tiles
 from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits
 
@@ -399,33 +400,39 @@ def launch_backward(
     delta, lse2 = torch.empty(2, batch, q_heads, rows, dtype=torch.float32, device=q.device)
     blocks = rows // tiles.DELTA_BLOCK
     partial = None if sinks is None else torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
-    delta_kernel[(batch * q_heads, blocks)](
+    arguments = (
         out, dout, lse, dlse, sinks, delta, lse2, partial,
         *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), q_heads, q_len, rows,
-        HEAD_DIM=head_dim, BLOCK_M=tiles.DELTA_BLOCK, BLOCK_D=block_d, HAS_SINKS=sinks is not None,
-        HAS_DLSE=dlse is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    constants = dict(
+        HEAD_DIM=head_dim, BLOCK_M=tiles.DELTA_BLOCK, BLOCK_D=block_d, HAS_SINKS=sinks is not None,
+        HAS_DLSE=dlse is not None,
+    )  # fmt: skip
+    launch(delta_kernel, (batch * q_heads, blocks), arguments, constants, num_warps=4, enable_fp_fusion=True)
 
-    def constants(tile):
-        return dict(
+    def run(kernel, programs, tile, *arguments, **more):
+        constants = dict(
             GROUP=q_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d,
             HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
-            SPLIT=splits(window), num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            SPLIT=splits(window), **more,
         )  # fmt: skip
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+        launch(kernel, programs, (*arguments, *numbers), constants, **options)
 
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     numbers = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
 
     def launch_dkdv(tile):
-        dkdv_kernel[(batch * kv_heads, triton.cdiv(kv_len, tile.block_n))](
+        run(
+            dkdv_kernel, (batch * kv_heads, triton.cdiv(kv_len, tile.block_n)), tile,
             q, k, v, dout, lse2, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, rows,
-            *numbers, **constants(tile), EVEN_ROWS=q_len % tile.block_m == 0,
+            EVEN_ROWS=q_len % tile.block_m == 0,
         )  # fmt: skip
 
     def launch_dq(tile):
-        dq_kernel[(batch * q_heads, triton.cdiv(q_len, tile.block_m))](
+        run(
+            dq_kernel, (batch * q_heads, triton.cdiv(q_len, tile.block_m)), tile,
             q, k, v, dout, lse2, delta, dq, cu_seqlens, padding, *strides, *dq.stride()[:3], q_heads, rows,
-            *numbers, **constants(tile),
         )  # fmt: skip
 
     launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from . import tiles
 from .masks import LOG2E, VARYING, first_key, load_tile, split_keys, splits
 
@@ -178,15 +179,20 @@ def launch_forward(
     kv_len = k.shape[2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
-    def launch(tile):
-        forward_kernel[(batch * q_heads, triton.cdiv(q_len, tile.block_m))](
+    def attempt(tile):
+        arguments = (
             q, k, v, sinks, out, lse, cu_seqlens, padding,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             q_heads, q_len, kv_len, window or 0, documents, documents.bit_length(), scale * LOG2E.value,
+        )  # fmt: skip
+        constants = dict(
             GROUP=q_heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_D=triton.next_power_of_2(head_dim), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
             PACKED=cu_seqlens is not None, PADDED=padding is not None, SPLIT=splits(window),
+        )  # fmt: skip
+        launch(
+            forward_kernel, (batch * q_heads, triton.cdiv(q_len, tile.block_m)), arguments, constants,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    launch(tiles.select("forward", q, not splits(window), interpreted, launch))
+    attempt(tiles.select("forward", q, not splits(window), interpreted, attempt))

@@ -47,10 +47,9 @@ def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, token, 
     hidden = grouped_product(gather(x, token), w1, ends)
     act = x.new_empty(hidden.shape[0], w1.shape[2] // 2)
     y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        launch_activation(hidden, b1, expert, act, alpha, limit)
-        down = grouped_product(act, w2, ends)
-        launch_combine(down, b2, routing_weights, row, router_indices, y, w1.shape[0])
+    launch_activation(hidden, b1, expert, act, alpha, limit)
+    down = grouped_product(act, w2, ends)
+    launch_combine(down, b2, routing_weights, row, router_indices, y, w1.shape[0])
     return y, hidden
 
 
@@ -60,12 +59,7 @@ def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, to
 
 
 @torch.library.impl("gptoss_kernels::experts_backward", "default")
-def _experts_backward(dy, x, *arguments):
-    with torch.cuda.device_of(x):
-        return _backward(dy, x, *arguments)
-
-
-def _backward(
+def _experts_backward(
     dy, x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends, alpha, limit, needed
 ):
     routing = Routing(token, slot, expert, row, ends)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .forward import VARYING, gated
 
 
@@ -104,9 +105,10 @@ def launch_activation_backward(hidden, bias, expert, slot, weight, dact, dhidden
     """Fill dhidden (rows, 2 * intermediate), dweight (slots,) fp32 and, unless None, weighted (rows, intermediate)."""
     rows, intermediate = dact.shape
     block_r, block_i = 2, min(1024, triton.next_power_of_2(intermediate))
-    activation_backward_kernel[(triton.cdiv(rows, block_r),)](
-        hidden, bias, expert, slot, weight, dact, dhidden, weighted, dweight, rows, bias.shape[0], alpha, limit,
-        INTERMEDIATE=intermediate, WRITE_ACT=weighted is not None, BLOCK_R=block_r, BLOCK_I=block_i, num_warps=4,
+    launch(
+        activation_backward_kernel, (triton.cdiv(rows, block_r),),
+        (hidden, bias, expert, slot, weight, dact, dhidden, weighted, dweight, rows, bias.shape[0], alpha, limit),
+        dict(INTERMEDIATE=intermediate, WRITE_ACT=weighted is not None, BLOCK_R=block_r, BLOCK_I=block_i), num_warps=4,
     )  # fmt: skip
 
 
@@ -117,8 +119,9 @@ def expert_sum(
     experts, width = routing.ends.shape[0], value.shape[1]
     out = value.new_empty(experts, width, dtype=out_dtype)
     block_w = min(64, triton.next_power_of_2(width))
-    expert_sum_kernel[(experts, triton.cdiv(width, block_w))](
-        value, routing.token, routing.slot, weight, routing.ends, out,
-        WIDTH=width, GATHER=gather, HAS_WEIGHT=weight is not None, BLOCK_R=64, BLOCK_W=block_w, num_warps=4,
+    launch(
+        expert_sum_kernel, (experts, triton.cdiv(width, block_w)),
+        (value, routing.token, routing.slot, weight, routing.ends, out),
+        dict(WIDTH=width, GATHER=gather, HAS_WEIGHT=weight is not None, BLOCK_R=64, BLOCK_W=block_w), num_warps=4,
     )  # fmt: skip
     return out

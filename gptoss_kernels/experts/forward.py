@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 VARYING = ["rows", "tokens"]
 
 
@@ -86,9 +88,10 @@ def launch_activation(hidden, bias, expert, act, alpha: float, limit: float) -> 
     """Fill act (rows, intermediate) from hidden (rows, 2 * intermediate) and its bias (experts, 2 * intermediate)."""
     rows, intermediate = act.shape
     block_r, block_i = 4, min(512, triton.next_power_of_2(intermediate))
-    activation_kernel[(triton.cdiv(rows, block_r), triton.cdiv(intermediate, block_i))](
-        hidden, bias, expert, act, rows, bias.shape[0], alpha, limit,
-        INTERMEDIATE=intermediate, BLOCK_R=block_r, BLOCK_I=block_i, num_warps=4,
+    launch(
+        activation_kernel, (triton.cdiv(rows, block_r), triton.cdiv(intermediate, block_i)),
+        (hidden, bias, expert, act, rows, bias.shape[0], alpha, limit),
+        dict(INTERMEDIATE=intermediate, BLOCK_R=block_r, BLOCK_I=block_i), num_warps=4,
     )  # fmt: skip
 
 
@@ -96,10 +99,13 @@ def launch_combine(value, bias, weight, row_of_slot, expert_of_slot, out, expert
     """Fill out (tokens, hidden) with the sum over each token's rows of value, weighted and biased where given."""
     tokens, hidden = out.shape
     block_t, block_h = 2, min(1024, triton.next_power_of_2(hidden))
-    combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_h))](
-        value, bias, weight, row_of_slot, expert_of_slot, out, tokens, experts,
+    constants = dict(
         HIDDEN=hidden, TOP_K=row_of_slot.shape[1], HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None,
-        BLOCK_T=block_t, BLOCK_H=block_h, num_warps=4,
+        BLOCK_T=block_t, BLOCK_H=block_h,
+    )  # fmt: skip
+    launch(
+        combine_kernel, (triton.cdiv(tokens, block_t), triton.cdiv(hidden, block_h)),
+        (value, bias, weight, row_of_slot, expert_of_slot, out, tokens, experts), constants, num_warps=4,
     )  # fmt: skip
 
 

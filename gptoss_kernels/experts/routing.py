@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends import capability
+
 
 class Routing(NamedTuple):
     """Slots (token, choice) in the order of their experts. rows = tokens * top_k; slots whose index is no expert
@@ -49,7 +51,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch
 
 
 def _has_grouped_mm(a: torch.Tensor) -> bool:
-    return a.is_cuda and a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= (8, 0)
+    return a.is_cuda and a.dtype == torch.bfloat16 and capability(a.get_device()) >= (8, 0)
 
 
 def _bounds(ends: torch.Tensor) -> list[tuple[int, int]]:

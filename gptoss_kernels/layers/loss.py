@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 CHUNK = 4096  # tokens; at 201,088 words 1.6 GB of logits in bf16, and products at full speed
 
 
@@ -78,11 +80,9 @@ def _linear_cross_entropy(hidden, weight, labels, need_grad):
         part = slice(start, min(start + CHUNK, tokens))
         logits = buffer[: part.stop - start, :vocab]
         torch.matmul(hidden[part], weight.T, out=logits)
-        with torch.cuda.device_of(hidden):
-            cross_entropy_kernel[(part.stop - start,)](
-                logits, labels[part], losses[part], entropies[part], top1[part], width,
-                VOCAB=vocab, NEED_GRAD=need_grad, BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8,
-            )  # fmt: skip
+        constants = dict(VOCAB=vocab, NEED_GRAD=need_grad, BLOCK=min(4096, triton.next_power_of_2(vocab)))
+        arguments = (logits, labels[part], losses[part], entropies[part], top1[part], width)
+        launch(cross_entropy_kernel, (part.stop - start,), arguments, constants, num_warps=8)
         if need_grad:
             torch.matmul(logits, weight, out=dhidden[part])
     return losses, entropies, top1, dhidden

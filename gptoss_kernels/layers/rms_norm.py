@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 PARTIAL_ROWS = 128  # rows whose share of the weight's gradient one program sums
 
 
@@ -79,10 +81,8 @@ def _forward(x, weight, eps):
     y = torch.empty_like(x)
     rows = x.numel() // hidden
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        rms_norm_kernel[(rows,)](
-            x, weight, y, rstd, rows, eps, HIDDEN=hidden, BLOCK_H=triton.next_power_of_2(hidden), num_warps=4
-        )
+    constants = dict(HIDDEN=hidden, BLOCK_H=triton.next_power_of_2(hidden))
+    launch(rms_norm_kernel, (rows,), (x, weight, y, rstd, rows, eps), constants, num_warps=4)
     return y, rstd
 
 
@@ -101,11 +101,9 @@ def _backward(dy, x, weight, rstd, need_weight):
     rows_each = PARTIAL_ROWS if need_weight else 1
     programs = triton.cdiv(rows, rows_each)
     partial = x.new_empty((programs if need_weight else 0, hidden), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        rms_norm_backward_kernel[(programs,)](
-            dy, x, weight, rstd, dx, partial, rows, HIDDEN=hidden, BLOCK_H=triton.next_power_of_2(hidden),
-            ROWS=rows_each, NEED_WEIGHT=need_weight, num_warps=4,
-        )  # fmt: skip
+    constants = dict(HIDDEN=hidden, BLOCK_H=triton.next_power_of_2(hidden), ROWS=rows_each, NEED_WEIGHT=need_weight)
+    arguments = (dy, x, weight, rstd, dx, partial, rows)
+    launch(rms_norm_backward_kernel, (programs,), arguments, constants, num_warps=4)
     return dx, partial.sum(0).to(weight.dtype) if need_weight else x.new_empty(0)
 
 

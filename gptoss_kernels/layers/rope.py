@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
+
 
 @triton.jit
 def rotate(x, y, cos, sin, heads, stride_xh, stride_yh, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr):
@@ -76,13 +78,15 @@ def _rope(q, k, cos, sin, inverse):
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     q_out, k_out = _heads_last(q), _heads_last(k)
     batch, q_heads, length, head_dim = q.shape
-    with torch.cuda.device_of(q):
-        rope_kernel[(batch * length,)](
-            q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
-            cos.stride(1), *q_out.stride()[:3], *k_out.stride()[:3], length, q_heads, k.shape[1],
-            SIGN=-1 if inverse else 1, HALF=head_dim // 2, BLOCK_Q=triton.next_power_of_2(q_heads),
-            BLOCK_K=triton.next_power_of_2(k.shape[1]), num_warps=4,
-        )  # fmt: skip
+    arguments = (
+        q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], 0 if cos.shape[0] == 1 else cos.stride(0),
+        cos.stride(1), *q_out.stride()[:3], *k_out.stride()[:3], length, q_heads, k.shape[1],
+    )  # fmt: skip
+    constants = dict(
+        SIGN=-1 if inverse else 1, HALF=head_dim // 2, BLOCK_Q=triton.next_power_of_2(q_heads),
+        BLOCK_K=triton.next_power_of_2(k.shape[1]),
+    )  # fmt: skip
+    launch(rope_kernel, (batch * length,), arguments, constants, num_warps=4)
     return q_out, k_out
 
 

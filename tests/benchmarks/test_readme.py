@@ -103,7 +103,9 @@ def test_plot(tmp_path):
 
 
 def test_train_step_table():
-    base = dict.fromkeys(train_step.COLUMNS, "x") | {"layers": "24", "model": "gpt-oss-20b", "gpu": "GPU A"}
+    base = dict.fromkeys(train_step.COLUMNS, "x") | {
+        "layers": "24", "model": "gpt-oss-20b", "gpu": "GPU A", "training": "lora"
+    }  # fmt: skip
     rows = [
         base | {"variant": "flex", "tokens": "8192", "tokens_per_second": "8000", "peak_gib": "43.2"},
         base | {"variant": "ours:lean", "tokens": "8192", "tokens_per_second": "1", "peak_gib": "41.04"},

@@ -1,0 +1,103 @@
+"""Time that the host spends on one call, in microseconds: what bounds short sequences and decoding.
+
+python benchmarks/host.py                      rows to results/host.csv
+
+128 tokens of gpt-oss's heads, so that the GPU is always done before the next call; wall time from call to return,
+median of 200. No call waits for the GPU (the GPU tests see to that).
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from gptoss_kernels import flash_attention, fused_experts
+
+COLUMNS = ["call", "forward_us", "backward_us", "forward_p80_us", "backward_p80_us",
+           "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
+SHOWN = COLUMNS[:5]
+TOKENS = 128
+
+
+def cases() -> dict:
+    """Name -> function without arguments that gives (result, leaves)."""
+    from gptoss_kernels.layers.lora import lora_linear
+    from gptoss_kernels.layers.rms_norm import rms_norm
+    from gptoss_kernels.layers.rope import apply_rope
+
+    draw = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, v = (draw(1, TOKENS, n, 64).transpose(1, 2).requires_grad_() for n in (64, 8, 8))
+    sinks = draw(64).requires_grad_()
+    x = draw(TOKENS, 2880).requires_grad_()
+    weight, (a, b) = draw(2880), (draw(8, 2880).float().requires_grad_(), draw(4096, 8).float().requires_grad_())
+    table = draw(1, TOKENS, 32)
+    square, bias = draw(4096, 2880), draw(4096)
+    experts = draw(4, 2880, 5760), draw(4, 5760), draw(4, 2880, 2880), draw(4, 2880)
+    choice, share = torch.randint(0, 4, (TOKENS, 4), device="cuda"), draw(TOKENS, 4).softmax(-1).detach()
+    share.requires_grad_()
+    starts = torch.tensor([0, 50, TOKENS], dtype=torch.int32, device="cuda")
+    return {
+        "attention, full": lambda: (flash_attention(q, k, v, sinks), (q, k, v, sinks)),
+        "attention, window 128": lambda: (flash_attention(q, k, v, sinks, sliding_window=128), (q, k, v, sinks)),
+        "attention, packed": lambda: (flash_attention(q, k, v, sinks, cu_seqlens=starts), (q, k, v, sinks)),
+        "experts": lambda: (fused_experts(x, *experts, choice, share), (x, share)),
+        "RMSNorm": lambda: (rms_norm(x, weight, 1e-5), (x,)),
+        "RoPE": lambda: (apply_rope(q, k, table, table), (q, k)),
+        "linear with LoRA": lambda: (lora_linear(x, square, bias, a, b, 2.0), (x, a, b)),
+    }
+
+
+def measure(call, rounds: int) -> tuple[list[float], list[float]]:
+    """Microseconds of forward and of backward, call by call."""
+    forward, backward = [], []
+    for index in range(rounds + 20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result, leaves = call()
+        middle = time.perf_counter()
+        grads = tuple(torch.ones_like(x) for x in (result if isinstance(result, tuple) else (result,)))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.autograd.grad(result, leaves, grads)
+        end = time.perf_counter()
+        if index >= 20:
+            forward.append((middle - start) * 1e6)
+            backward.append((end - begin) * 1e6)
+    return forward, backward
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rounds", type=int, default=200, help="timed calls, >= 2")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "host.csv")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds: expected >= 2, got {options.rounds}")
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/host.py: expected a CUDA GPU, got none")
+    origin = harness.provenance(torch.device("cuda")) | {"cpu": cpu_name()}
+    print(" · ".join(f"{key} {value}" for key, value in origin.items()))
+    rows = []
+    for name, call in cases().items():
+        (forward, _, forward_p80), (backward, _, backward_p80) = map(harness.percentiles, measure(call, options.rounds))
+        times = {"forward_us": forward, "backward_us": backward, "forward_p80_us": forward_p80,
+                 "backward_p80_us": backward_p80}  # fmt: skip
+        rows.append({"call": name} | {key: round(value, 1) for key, value in times.items()} | origin)
+    harness.append_rows(options.output, COLUMNS, rows)
+    print(f"\n{harness.table(SHOWN, rows)}\n\n{len(rows)} rows appended to {options.output}")
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.partition(":")[2].split())
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""A launch goes straight to a compiled kernel only where Triton would have taken the same one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gptoss_kernels import launch as module
+from gptoss_kernels.launch import launch
+
+
+class Kernel:
+    """Stands for a @triton.jit function: notes how it was launched, and gives itself as the compiled kernel."""
+
+    def __init__(self, *varying: bool):
+        self.fn = lambda: None
+        self.params = [SimpleNamespace(do_not_specialize=v) for v in varying]
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def call(*args, **kwargs):
+            self.calls.append((grid, args, kwargs))
+            return Compiled(self.calls)
+
+        return call
+
+
+class Compiled:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *args: self.calls.append(("compiled", grid, args))
+
+
+class OnGPU(torch.Tensor):
+    """A CPU tensor that says it is on the first GPU."""
+
+    def get_device(self):
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(module, "_compiled", {})
+
+
+def on_gpu(*shape, dtype=torch.float32, offset=0):
+    return torch.zeros(64, dtype=dtype)[offset:].as_subclass(OnGPU)
+
+
+@pytest.mark.parametrize(
+    "change, compiled",
+    [
+        ({}, True),
+        ({0: on_gpu(offset=4)}, True),  # 16 bytes on
+        ({0: on_gpu(offset=1)}, False),
+        ({0: on_gpu(dtype=torch.float16)}, False),
+        ({1: on_gpu()}, False),
+        ({2: 1}, False),
+        ({2: 16}, False),
+        ({3: 6}, True),
+        ({3: 1}, True),
+        ({3: 2**31}, False),
+        ({4: 2.5}, True),
+        ({"BLOCK": 32}, False),
+        ({"num_warps": 8}, False),
+    ],
+)
+def test_like_launches_share_a_kernel(change, compiled):
+    kernel = Kernel(False, False, False, True, False)
+    args = [on_gpu(), None, 0, 5, 1.5]
+    launch(kernel, (7, 3), tuple(args), {"BLOCK": 16}, num_warps=4)
+    assert kernel.calls == [((7, 3), tuple(args), {"BLOCK": 16, "num_warps": 4})]
+    named = {"BLOCK": 16, "num_warps": 4}
+    for at, value in change.items():
+        (args if isinstance(at, int) else named)[at] = value
+    launch(kernel, (5,), tuple(args), {"BLOCK": named["BLOCK"]}, num_warps=named["num_warps"])
+    expected = ("compiled", (5, 1, 1), (*args, 16)) if compiled else ((5,), tuple(args), named)
+    assert kernel.calls[1:] == [expected]
+
+
+def test_memory_of_launches_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 10)
+    kernel = Kernel(False, False)
+    for stride in range(100):
+        launch(kernel, (1,), (on_gpu(), stride), {})
+    assert len(module._compiled) <= 10 and len(kernel.calls) == 100
+
+
+def test_kernels_keep_their_constants_last():
+    from gptoss_kernels.attention import backward, forward
+    from gptoss_kernels.experts import backward as experts_backward
+    from gptoss_kernels.experts import forward as experts_forward
+    from gptoss_kernels.layers import loss, rms_norm, rope
+
+    modules = (forward, backward, experts_forward, experts_backward, loss, rms_norm, rope)
+    kernels = {name: value for m in modules for name, value in vars(m).items() if name.endswith("_kernel")}
+    assert len(kernels) == 12
+    for name, kernel in kernels.items():
+        annotations = list(kernel.fn.__annotations__)
+        names = list(kernel.arg_names)
+        assert names[-len(annotations) :] == annotations, name
