@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from .harmony import Rendering
+
 
 @dataclass
 class ModelArguments(ModelConfig):
@@ -51,8 +53,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl file, a folder with SPLIT.jsonl files, or the name of a data set on the Hub. Rows hold "
-            "`messages`, or `prompt` and `completion`, or `text`."
+            "help": "A .jsonl or .csv file, a folder with SPLIT.jsonl or SPLIT.csv files, or the name of a data set on "
+            "the Hub. Rows hold `messages`, or `prompt` and `completion`, or `user` and `final`, or `text`."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -62,14 +64,63 @@ class DataArguments:
         default=None,
         metadata={"help": "Share of the train split to hold out, for data without a test split. Between 0 and 1."},
     )
+    bad_rows: str = field(
+        default="error",
+        metadata={
+            "help": "What a malformed row does: error stops before training and says where it is; skip leaves it out, "
+            "counted and reported.",
+            "choices": ["error", "skip"],
+        },
+    )
+    channel_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a token's loss by its channel, for instance {analysis: 0.5, final: 1.0}; a channel left "
+            "out weighs 0. Default: 1 for analysis, commentary and final."
+        },
+    )
+    train_turns: str = field(
+        default="all",
+        metadata={
+            "help": "Which of the assistant's turns are trained: all, each an example of its own in the context that "
+            "it would really have had (no reasoning of earlier turns), or the last one.",
+            "choices": ["all", "last"],
+        },
+    )
+    end_token: str = field(
+        default="return",
+        metadata={
+            "help": "What ends a trained turn: return, after which generation stops, or end, as in the history.",
+            "choices": ["return", "end"],
+        },
+    )
     reasoning_effort: str = field(
         default="medium",
-        metadata={"help": "Reasoning effort in the system message.", "choices": ["low", "medium", "high"]},
+        metadata={
+            "help": "Reasoning effort in the system message; a row's own `reasoning_effort` wins.",
+            "choices": ["low", "medium", "high"],
+        },
     )
     conversation_date: str = field(
         default="2025-06-28",
         metadata={"help": "Date in the system message. Fixed, so that a run trains on the same text tomorrow."},
     )
+
+    def __post_init__(self):
+        if isinstance(self.channel_weights, str):  # as the command line has it
+            self.channel_weights = json.loads(self.channel_weights)
+        self.rendering()  # raises what is wrong with it
+
+    def rendering(self) -> Rendering:
+        """How conversations become text and loss weights."""
+        weights = {} if self.channel_weights is None else {"channel_weights": self.channel_weights}
+        return Rendering(
+            turns=self.train_turns,
+            end_token=self.end_token,
+            reasoning_effort=self.reasoning_effort,
+            conversation_date=self.conversation_date,
+            **weights,
+        )
 
 
 @dataclass

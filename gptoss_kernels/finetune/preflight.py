@@ -14,6 +14,21 @@ from .errors import SetupError
 # Values of `optim` that need a package of their own, by a part of their name.
 OPTIMIZER_PACKAGES = {"bnb": "bitsandbytes", "8bit": "bitsandbytes", "paged": "bitsandbytes", "torchao": "torchao"}
 
+# Settings of TRL's data preparation and loss that ours does not have: the values that mean the same here, and why.
+UNSERVED = (
+    ("packing_strategy", ("bfd",), "documents are packed whole, by best fit, and do not see each other"),
+    ("truncation_mode", ("keep_start",), "what is beyond max_length is cut and counted"),
+    ("completion_only_loss", (None, True), "prompts are not trained; rows with `text` are trained as a whole"),
+    ("loss_type", ("nll",), "weighted losses are negative log-likelihoods"),
+    ("label_smoothing_factor", (0,), "the logits that it needs are never built"),
+    ("dataset_text_field", ("text",), "rename the column"),
+    ("dataset_kwargs", (None,), "data are prepared here"),
+    ("chat_template_path", (None,), "conversations are rendered as Harmony"),
+    ("eos_token", (None,), "end_token says what ends a reply"),
+    ("pad_token", (None,), "padding is the tokenizer's"),
+    ("shuffle_dataset", (False,), "rows are drawn in another order each epoch anyway"),
+)
+
 
 def check_settings(arguments: Arguments) -> None:
     """Raises SetupError for settings that contradict each other or need a package that is not there."""
@@ -24,14 +39,17 @@ def check_settings(arguments: Arguments) -> None:
         raise SetupError(
             "load_in_8bit, load_in_4bit: not for gpt-oss, whose experts are no Linear layers and would stay as they are"
         )
-    if training.packing and training.packing_strategy == "wrapped":
-        raise SetupError(
-            "packing_strategy: 'wrapped' joins documents without keeping their boundaries, so that they would attend "
-            "to each other; use 'bfd' or 'bfd_split'"
-        )
-    # TRL takes any attention here, and Transformers' gpt-oss attends across packed documents under eager and flex.
+    for key, served, what in UNSERVED:
+        if (value := getattr(training, key)) not in served:
+            raise SetupError(f"{key}: expected {' or '.join(map(repr, served))}, got {value!r}; {what}")
+    joined = training.packing or training.eval_packing or training.padding_free
+    if joined and training.pad_to_multiple_of is not None:
+        raise SetupError("pad_to_multiple_of: packed rows have no padding; set it to null, or packing to false")
+    if (training.packing or training.eval_packing) and training.max_length is None:
+        raise SetupError("max_length: expected the length of a packed row in tokens, got nothing")
+    # Transformers' gpt-oss attends across packed documents under eager and flex.
     exact = model.attn_implementation == "gptoss_triton" or "flash" in model.attn_implementation
-    if (training.packing or training.eval_packing or training.padding_free) and not exact:
+    if joined and not exact:
         raise SetupError(
             f"attn_implementation: {model.attn_implementation!r} lets packed documents attend to each other; use "
             "'gptoss_triton', or set packing, eval_packing and padding_free to false"

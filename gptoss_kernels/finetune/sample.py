@@ -3,7 +3,9 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from . import harmony
 from .data import load_tokenizer
+from .errors import SetupError
 from .model import load_adapter, load_checkpoint, load_config
 
 
@@ -17,37 +19,44 @@ def reply(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     streamer: TextStreamer | None = None,
-    **template_arguments,
+    rendering: harmony.Rendering | None = None,
 ) -> str:
     """What the model answers, reasoning and channel markers included.
 
     Args:
-        model, tokenizer: a causal language model and its tokenizer, with a chat template.
+        model, tokenizer: a causal language model and its tokenizer, with Harmony's special tokens.
         prompt: the user's message.
         system: the system's or developer's message before it.
-        max_new_tokens: longest reply; it ends earlier at the tokenizer's end token.
+        max_new_tokens: longest reply; it ends earlier at the tokenizer's end token or a tool call.
         temperature: 0 takes the likeliest token each time.
         streamer: gets the tokens as they come.
-        template_arguments: reasoning_effort, conversation_date and what else the chat template knows.
+        rendering: of the prompt; its date and reasoning effort count, as in training. None: the defaults.
+
+    Raises:
+        ValueError: the prompt or the system's message is empty, or no text.
     """
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_arguments
-    ).to(model.device)
+    rendered = render(prompt, system, rendering or harmony.Rendering())
+    input_ids = torch.tensor([harmony.encode(rendered, tokenizer).input_ids], device=model.device)
     was_training = model.training
     model.eval()
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     output = model.generate(
-        **inputs,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|call|>")],
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
         **sampling,
     )
     model.train(was_training)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    return tokenizer.decode(output[0, input_ids.shape[1] :])
+
+
+def render(prompt: str, system: str | None, rendering: harmony.Rendering) -> harmony.Example:
+    """The prompt as training renders it. ValueError says what is wrong with it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return harmony.prompt([*messages, {"role": "user", "content": prompt}], rendering)
 
 
 def stream(
@@ -65,8 +74,13 @@ def stream(
     """Loads a model, with an adapter or without, and prints its reply to a prompt token by token.
 
     Raises:
-        SetupError: the model, the adapter or the tokenizer cannot be read.
+        SetupError: the model, the adapter or the tokenizer cannot be read, or the prompt is no text.
     """
+    try:
+        rendering = harmony.Rendering(reasoning_effort=reasoning_effort, conversation_date=conversation_date)
+        render(prompt, system, rendering)
+    except ValueError as error:
+        raise SetupError(str(error)) from None
     config = load_config(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_checkpoint(
@@ -83,6 +97,5 @@ def stream(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
-        reasoning_effort=reasoning_effort,
-        conversation_date=conversation_date,
+        rendering=rendering,
     )

@@ -1,21 +1,25 @@
 """A finetuning run from its settings to the saved result."""
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer, get_peft_config
 
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
 
-from .config import Arguments
-from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, bigram_entropy, load_splits, load_tokenizer
+from .bigram import bigram_entropy
+from .config import Arguments, TrainingArguments
+from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
 from .errors import SetupError
 from .loss import fuse_loss
 from .model import build_random, count_parameters, load_checkpoint, load_config
+from .packing import Collator
 from .preflight import (
     check_memory,
     check_processes,
@@ -44,14 +48,80 @@ class Result:
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer whose held-out loss is the mean over tokens; the mean over batches would weigh a short one up."""
+    """SFTTrainer for data that `data.prepare` made, in which each token's loss has a weight.
+
+    The loss is sum(weight * -log p) / sum(weight), over all tokens of an optimizer step (its micro-batches and
+    processes) or, held out, of the whole split: a mean over batches would weigh a short one up.
+
+    Args:
+        args: its packing, eval_packing and padding_free say whether a batch is one joined row or padded rows.
+        train_dataset, eval_dataset: rows of `packing.build`.
+        processing_class: the tokenizer.
+        kwargs: model, peft_config, callbacks, as in SFTTrainer.
+
+    Raises:
+        SetupError: context or sequence parallelism is on.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs,
+    ):
+        join = bool(args.packing or args.eval_packing or args.padding_free)
+        collator = Collator(processing_class.pad_token_id, join, None if join else args.pad_to_multiple_of)
+        args = copy.copy(args)  # TRL's own packing takes no other collator, and its labels have no weights
+        args.packing = args.padding_free = args.assistant_only_loss = False
+        args.eval_packing, args.dataset_kwargs = None, {"skip_prepare_dataset": True}
+        super().__init__(
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise SetupError(
+                "parallelism_config: context and sequence parallelism neither keep packed documents apart nor carry "
+                "loss weights"
+            )
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "loss_weights", "seq_lengths"]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """The sum of all weights in the step; None where there is no batch."""
+        if not batch_samples:
+            return None
+        total = sum(batch["loss_weights"].sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total / self.get_tp_size()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        weights = inputs.pop("loss_weights")[:, 1:]
+        total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+
+        def weighted(**kwargs):
+            """The model, whose log-probabilities come out with their shares of the step's weight."""
+            output = model(**kwargs)
+            if "log_probs" in output:
+                # TRL divides by the number of labels, or by what it is told.
+                count = output.label_mask.sum() if num_items_in_batch is None else 1
+                output.log_probs = output.log_probs * (weights * (count / total))
+            return output
+
+        output = super().compute_loss(
+            weighted, inputs, return_outputs, num_items_in_batch=None if num_items_in_batch is None else 1
+        )
         if not self.model.training:
             loss = output[0] if return_outputs else output
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
-            self._held_out = self._held_out + torch.stack([loss.detach().double() * tokens, tokens.double()])
+            self._held_out = self._held_out + torch.stack([loss.detach().double() * total, total.double()])
         return output
 
     def evaluate(self, *args, **kwargs):
@@ -60,8 +130,8 @@ class Trainer(SFTTrainer):
 
     def log(self, logs, start_time=None):
         if "eval_loss" in logs:
-            loss, tokens = self.accelerator.reduce(self._held_out, "sum").tolist()
-            logs["eval_loss"] = loss / tokens
+            loss, weight = self.accelerator.reduce(self._held_out, "sum").tolist()
+            logs["eval_loss"] = loss / weight
         super().log(logs, start_time)
 
 
@@ -89,11 +159,18 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     tokenizer = load_tokenizer(
         model_args.tokenizer_name or model_args.model_name_or_path,
         conversation_date=data_args.conversation_date,
-        assistant_only_loss=training.assistant_only_loss,
         revision="main" if model_args.tokenizer_name else model_args.model_revision,
     )
     held_out = training.eval_strategy != "no" or training.eval_on_start
-    train_data, test_data = load_splits(data_args, held_out=held_out, seed=training.seed)
+    progress = main and not training.disable_tqdm
+    train_split, test_split = load_splits(data_args, held_out=held_out, seed=training.seed, progress=progress)
+    train_data, report = prepare(train_split, tokenizer, arguments, packing=training.packing, progress=progress)
+    say(f"data: {data_args.dataset_name}\n  {report}")
+    test_data = None
+    if test_split is not None:
+        packing = training.packing if training.eval_packing is None else training.eval_packing
+        test_data, report = prepare(test_split, tokenizer, arguments, packing=packing, progress=progress)
+        say(f"  {report}")
     model = make_model(arguments, tokenizer)
 
     # What Trainer counts as tokens: padding excluded, whatever the collator.
@@ -122,9 +199,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters, {trained:,} trained")
     say(f"{attention}, {queries.dtype}, on {training.device}")
-    rows = len(trainer.train_dataset)
-    say(f"data: {data_args.dataset_name}, {len(train_data):,} conversations in {rows:,} rows")
-    bigram = bigram_entropy(trainer.train_dataset, trainer.eval_dataset) if test_data else None
+    bigram = bigram_entropy(train_data, test_data) if test_data else None
 
     def sample(when: str) -> None:
         if run_args.sample_prompt and main:
@@ -134,8 +209,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
                 run_args.sample_prompt,
                 system=run_args.sample_system,
                 max_new_tokens=run_args.sample_tokens,
-                reasoning_effort=data_args.reasoning_effort,
-                conversation_date=data_args.conversation_date,
+                rendering=data_args.rendering(),
             )
             say(f"\nsample {when} training\n  prompt: {run_args.sample_prompt}\n  reply:  {text}\n")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from gptoss_kernels.finetune import preflight, train
-from gptoss_kernels.finetune.data import load_splits, load_tokenizer
+from gptoss_kernels.finetune.data import load_splits, load_tokenizer, prepare
 from gptoss_kernels.finetune.errors import SetupError
 from gptoss_kernels.finetune.preflight import check_processes, check_settings, find_checkpoint
 from gptoss_kernels.finetune.report import Speed, plot_loss
@@ -25,7 +25,10 @@ PROMPT = "Clara has 14 apples, buys 5 more and gives 3 away. How many apples doe
 def make_trainer(arguments) -> train.Trainer:
     """The trainer that a run would make."""
     tokenizer = load_tokenizer("data/tokenizer", conversation_date="2025-06-28")
-    train_data, test_data = load_splits(arguments.data, held_out=True)
+    train_data, test_data = (
+        prepare(split, tokenizer, arguments, packing=arguments.training.packing)[0]
+        for split in load_splits(arguments.data, held_out=True)
+    )
     return train.Trainer(
         model=train.make_model(arguments, tokenizer),
         args=arguments.training,
