@@ -14,6 +14,7 @@ import codecs
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -416,3 +417,16 @@ def _looks_like_hub(name: str) -> bool:
     parts = name.split("/")
     local = Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt") or name.startswith((".", "/", "~"))
     return not local and len(parts) <= 2 and not (len(parts) == 2 and find(parts[0]))
+
+
+def main(argv: list[str]) -> None:
+    """`show`, the one command here, with what follows it."""
+    if argv[:1] != ["show"]:
+        sys.exit("expected python -m gptoss_kernels.finetune.data show --config FILE [--rows N] [--html FILE]")
+    from .show import main as show
+
+    show(argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
