@@ -47,13 +47,13 @@ def read_rows(split: str = "test", folder: Path = HERE / "reasoning") -> list[di
 
 
 @torch.no_grad()
-def ask(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 50, max_new_tokens: int = 128) -> list[Reply]:
+def ask(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 50, max_new_tokens: int = 96) -> list[Reply]:
     """The model's greedy replies to the rows' questions, in their order, with a progress bar.
 
     Args:
         model: a causal language model of Transformers; its device is used.
         rows: with `messages`, whose last is the reply that is asked for.
-        max_new_tokens: longest reply; those of the data set have up to 94.
+        max_new_tokens: longest reply; those of the data set have up to 80.
     """
     was_training = model.training
     model.eval()
