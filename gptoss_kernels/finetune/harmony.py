@@ -35,8 +35,8 @@ on it would go wrong:
 - It drops the reasoning before a tool call as soon as an answer follows, in the same turn as well. But the model has it
   in view when it writes that answer, so here it goes only once the next user turn begins.
 - It asks the clock for the date; here the date is fixed.
-- It encodes a tool call's `arguments` as JSON once more if they are a string, as they are in OpenAI's API; here a string
-  is taken as the JSON that it is.
+- It encodes a tool call's `arguments` as JSON once more if they are a string, as in OpenAI's API; here a string is
+  taken as the JSON that it is.
 - It silently leaves out second tool calls of a message and system messages that are not the first; here these are
   errors, and so are turns that gpt-oss could not have produced (see `render`).
 - A final reply ends with `<|return|>` wherever it is trained, not only at the end of the conversation.
@@ -245,11 +245,9 @@ def render(row: Mapping[str, Any], rendering: Rendering) -> list[Example]:
             f"builtin_tools: expected none, gpt-oss's own tools are not rendered, got {_show(row['builtin_tools'])}"
         )
     effort = row.get("reasoning_effort") or rendering.reasoning_effort
-    instructions, pieces, closed = _pieces(messages, names)
-    if not closed and pieces[-1].role == "assistant":
-        raise ValueError(
-            f"{names[-1]}: expected a final answer or a tool call at the end of a turn, got its {pieces[-1].channel}"
-        )
+    instructions, pieces, last = _pieces(messages, names)
+    if last == "reasoning":
+        raise ValueError(f"{names[-1]}: expected a turn to end with an answer or a tool call, got {pieces[-1].channel}")
     first = len(row["prompt"]) if "messages" not in row else 0
     trained = [piece for piece in pieces if piece.role == "assistant" and piece.turn > 0 and piece.index >= first]
     if not trained:
@@ -367,8 +365,8 @@ def _messages(row: Mapping[str, Any]) -> tuple[list, list[str]]:
     return messages, names
 
 
-def _pieces(messages: list, names: list[str]) -> tuple[str, list[_Piece], bool]:
-    """Instructions, Harmony messages, and whether the last of them ends a generation."""
+def _pieces(messages: list, names: list[str]) -> tuple[str, list[_Piece], str]:
+    """The instructions, the Harmony messages, and what the last of them is (see `last`)."""
     instructions, pieces, turn = "", [], 0
     last = "start"  # what the next message follows: start, user, tool, reasoning (or a remark), call, final
     call = None
@@ -407,7 +405,7 @@ def _pieces(messages: list, names: list[str]) -> tuple[str, list[_Piece], bool]:
                 raise ValueError(f"{name}.role: expected {expected} after a {last} message, got 'assistant'")
             made, last, call = _assistant(message, name, index, turn)
             pieces += made
-    return instructions, pieces, last in ("call", "final")
+    return instructions, pieces, last
 
 
 def _assistant(message: Mapping, name: str, index: int, turn: int) -> tuple[list[_Piece], str, str | None]:
@@ -565,7 +563,10 @@ def _declaration(tool: Any, name: str) -> str:
     if not isinstance(properties, Mapping):
         raise ValueError(f"{name}.parameters.properties: expected an object, got {_show(properties)}")
     required = parameters.get("required") or []
-    lines = [_parameter(key, spec, required) for key, spec in properties.items()]
+    try:
+        lines = [_parameter(key, spec, required) for key, spec in properties.items()]
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name}.parameters: expected a JSON schema, got {_show(parameters)} ({error})") from None
     return f"{head}(_: {{\n{''.join(lines)}}}) => any;\n\n"
 
 
@@ -588,8 +589,10 @@ def _type(spec: Any) -> str:
     nullable = " | null" if spec.get("nullable") else ""
     if kind == "array":
         if not spec.get("items"):
-            return "any[]"
+            return f"any[]{nullable}"
         inner = _type(spec["items"])
+        if isinstance(spec["items"], Mapping) and spec["items"].get("type") == "string":
+            inner = "string"
         return f"{'any' if len(inner) > 50 else inner}[]{nullable}"
     if isinstance(kind, (list, tuple)) and kind:
         return " | ".join(map(str, kind))
@@ -607,7 +610,8 @@ def _type(spec: Any) -> str:
             for key, inner in spec["properties"].items()
         )
         return "{\n" + ", ".join(fields) + "}"
-    return {"number": "number", "integer": "number", "boolean": "boolean", "object": "object"}.get(kind, "any")
+    plain = {"number": "number", "integer": "number", "boolean": "boolean", "object": "object"}
+    return plain.get(kind, "any") if isinstance(kind, str) else "any"
 
 
 def _variant(spec: Any) -> str:
