@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -317,17 +317,16 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole if whole else 0:.1%}"
 
 
-def statistics(rows: Iterable[Mapping], report: Report) -> Statistics:
+def statistics(dataset: Dataset, report: Report) -> Statistics:
     """Adds up a training set by channel.
 
     Args:
-        rows: all of the training set, as `packing.build` makes it.
+        dataset: from `packing.build`.
         report: on the same rows.
     """
     count, weight = np.zeros(len(CHANNELS), dtype=np.int64), np.zeros(len(CHANNELS))
-    for row in rows:
-        values = np.asarray(row["loss_weights"])
-        channels = np.asarray(row["channels"])
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        values, channels = (table[name].combine_chunks().flatten().to_numpy() for name in ("loss_weights", "channels"))
         count += np.bincount(channels[values > 0], minlength=len(CHANNELS))
         weight += np.bincount(channels, weights=values, minlength=len(CHANNELS))
     present = [(channel, CHANNELS.index(channel)) for channel in COLOURS if count[CHANNELS.index(channel)]]
