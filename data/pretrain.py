@@ -115,7 +115,7 @@ def train(model, args: argparse.Namespace, corpus, log) -> dict[str, torch.Tenso
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
     )
-    model.to(dtype).train()
+    model.train()
     began = lap = time.perf_counter()
     sums, counted = torch.zeros(2, device=device), 0
     with tqdm(total=args.steps, unit="step") as bar:
@@ -162,7 +162,9 @@ def train(model, args: argparse.Namespace, corpus, log) -> dict[str, torch.Tenso
 
 def save(model, weights: dict[str, torch.Tensor], output: Path) -> None:
     """Writes the model in bf16, its experts rounded to MXFP4 first, and its twin to output/mxfp4."""
-    model.to(torch.bfloat16).load_state_dict(computed_weights(weights, torch.bfloat16, rounded=True))
+    stored = computed_weights(weights, torch.bfloat16, rounded=True)
+    for name, parameter in model.named_parameters():
+        parameter.data = stored[name]  # not model.to(): that would round the rotary frequencies too
     model.save_pretrained(output)
     for path in TOKENIZER.iterdir():
         shutil.copy(path, output / path.name)

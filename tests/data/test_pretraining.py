@@ -149,6 +149,7 @@ def test_a_miniature_learns_and_is_stored_twice(tokenizer, tmp_path):
     weights = pretrain.train(model, args, rows, log.append)
     assert [entry["step"] for entry in log] == [40] and log[-1]["num_input_tokens_seen"] == 40 * 384
     pretrain.save(model, weights, tmp_path)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32 and model.dtype == torch.bfloat16
     stored = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), attn_implementation="gptoss_triton")
     assert held_out_loss(stored) < before - 1.5
     same_model(tmp_path, tmp_path / "mxfp4")
