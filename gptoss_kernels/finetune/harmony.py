@@ -661,9 +661,10 @@ def _json(value: Any, name: str) -> str:
     if value is None:
         raise ValueError(f"{name}: expected JSON, got nothing")
     try:
-        return _string(json.dumps(value, ensure_ascii=False, allow_nan=False), name)
+        shown = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON, got {_show(value)} ({error})") from None
+    return _string(shown, name)
 
 
 def _tool_name(value: Any, name: str) -> str:

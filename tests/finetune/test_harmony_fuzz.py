@@ -18,7 +18,7 @@ from gptoss_kernels.finetune.harmony import CHANNELS, Rendering, encode, prompt,
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = (Path(chat_template_utils.__file__).parent / "chat_templates" / "gptoss.jinja").read_text(encoding="utf-8")
 CLOCK = 'strftime_now("%Y-%m-%d")'
-PARTS, ROWS, REAL_ROWS = 4, 2_500, 1_000
+PARTS, ROWS, REAL_ROWS = 4, 2_500, 500
 FRAGMENTS = [
     *o200k.SPECIAL,
     *(
