@@ -30,11 +30,11 @@ from gptoss_kernels.testing import SHAPES, random_gpt_oss
 
 COLUMNS = [
     "variant", "training", "model", "layers", "tokens", "tokens_per_second", "step_ms", "step_p20_ms", "step_p80_ms",
-    "peak_gib", "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms", "idle_ms",
-    "kept_attention", "kept_experts", "load_max_over_mean", "loss", "packages",
+    "peak_gib", "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms",
+    "idle_ms", "kept_attention", "kept_experts", "kept_whole", "load_max_over_mean", "loss", "packages",
     "gpu", "torch", "triton", "transformers", "date", "commit",
 ]  # fmt: skip
-SHOWN = COLUMNS[:2] + COLUMNS[4:7] + COLUMNS[9:21]
+SHOWN = COLUMNS[:2] + COLUMNS[4:7] + COLUMNS[9:22]
 
 # variant -> attention, experts, loss
 STACKS = {
@@ -109,7 +109,7 @@ class Step:
 
         self.variant, self.model, self.tokens = variant, model, tokens
         self.base = next(module for module in model.modules() if isinstance(module, GptOssForCausalLM))
-        self.kept = (None, None)
+        self.chooser = None
         unpatch_gpt_oss(model)
         vars(self.base).pop("forward", None)  # TRL's, of an earlier variant
         model.train()
@@ -136,16 +136,13 @@ class Step:
         from gptoss_kernels.finetune.recompute import Recomputation
 
         chooser = Recomputation(self.base, mode, self.tokens)
-        chooser.apply(*((len(chooser.layers),) * 2 if mode == "fast" else (0, 0)))
-        if mode == "auto":
-            self.__dict__["auto"] = chooser
-        self.kept = chooser.attention, chooser.experts
+        chooser.apply(*((len(chooser.layers),) * 3 if mode == "fast" else (0, 0)))
+        self.chooser, self.automatic = chooser, mode == "auto"
 
     def settle(self) -> None:
-        """After the first step: what its peak leaves free is used."""
-        if chooser := self.__dict__.pop("auto", None):
-            chooser.use_free_memory(torch.device("cuda"))
-            self.kept = chooser.attention, chooser.experts
+        """After each of the first steps: what its peak leaves free is used."""
+        if self.chooser and self.automatic:
+            self.chooser.use_free_memory(torch.device("cuda"))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.loss == "logits":
@@ -175,9 +172,9 @@ class Step:
 def measure(step: Step, options: argparse.Namespace) -> dict:
     """Median time of a step, its peak memory, and its parts by the profiler."""
     device = torch.device("cuda")
-    step(0)
-    step.settle()
-    step(1)
+    for n in range(3):
+        step(n)
+        step.settle()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     times = []
@@ -208,7 +205,8 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     return {
         "tokens_per_second": round(step.tokens / median * 1e3), "step_ms": median, "step_p20_ms": p20,
         "step_p80_ms": p80, "peak_gib": peak, "mfu": flops / median / 1e-3 / 989e12, **parts,
-        "kept_attention": step.kept[0], "kept_experts": step.kept[1], "loss": loss.item(),
+        **{f"kept_{name}": getattr(step.chooser, name, None) for name in ("attention", "experts", "whole")},
+        "loss": loss.item(),
     }  # fmt: skip
 
 

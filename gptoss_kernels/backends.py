@@ -16,10 +16,12 @@ def names(dtypes) -> str:
 _problem = functools.cache(interpreter_problem)
 
 
-@functools.cache
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def capability(device: int) -> tuple[int, int]:
-    """CUDA compute capability of a device, asked for once."""
-    return torch.cuda.get_device_capability(device)
+    """CUDA compute capability of a device; asked for once, but for torch.compile, which traces no cached function."""
+    return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
 
 
 def default_backend(x: torch.Tensor) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from ..keep import kept
 from ..lane import interpreting, triton_mode
+from ..operators import implements, unwatched
 from .backward import launch_backward
 from .forward import launch_forward
 
@@ -43,7 +44,7 @@ def _check_lane() -> None:
         )
 
 
-@torch.library.impl("gptoss_kernels::attention_forward", "default")
+@implements("gptoss_kernels::attention_forward")
 def _attention_forward(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
     _check_lane()
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
@@ -58,7 +59,7 @@ def _attention_forward_fake(q, k, v, sinks, scale, sliding_window, cu_seqlens, k
     return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.impl("gptoss_kernels::attention_backward", "default")
+@implements("gptoss_kernels::attention_backward")
 def _attention_backward(dout, dlse, q, k, v, out, lse, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
     _check_lane()
     q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(dout)
@@ -80,7 +81,8 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
         arguments = (q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
-        out, lse = kept("attention", lambda: torch.ops.gptoss_kernels.attention_forward(*arguments))
+        operator = _attention_forward if unwatched(q) else torch.ops.gptoss_kernels.attention_forward
+        out, lse = kept("attention", lambda: operator(*arguments))
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask)
         ctx.scale, ctx.sliding_window = scale, sliding_window
         ctx.set_materialize_grads(False)
@@ -92,7 +94,8 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = torch.ops.gptoss_kernels.attention_backward(
+        operator = _attention_backward if unwatched(q) else torch.ops.gptoss_kernels.attention_backward
+        dq, dk, dv, dsinks = operator(
             dout, dlse, q, k, v, out, lse, sinks, ctx.scale, ctx.sliding_window, cu_seqlens, key_padding_mask
         )
         return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None

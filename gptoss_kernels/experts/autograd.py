@@ -6,6 +6,7 @@ Kept for the backward pass: x, the pre-activation and the routing. Each gradient
 import torch
 
 from ..keep import kept
+from ..operators import implements, unwatched
 from .backward import expert_sum, launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
 from .routing import Routing, grouped_outer, grouped_product, route
@@ -29,7 +30,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("gptoss_kernels::route", "default")
+@implements("gptoss_kernels::route")
 def _route(router_indices, experts):
     return tuple(route(router_indices, experts))
 
@@ -42,7 +43,7 @@ def _route_fake(router_indices, experts):
     return whole(rows), whole(rows, dtype=torch.int64), whole(rows), whole(tokens, top_k), whole(experts)
 
 
-@torch.library.impl("gptoss_kernels::experts_forward", "default")
+@implements("gptoss_kernels::experts_forward")
 def _experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, token, expert, row, ends, alpha, limit):
     hidden = grouped_product(gather(x, token), w1, ends)
     act = x.new_empty(hidden.shape[0], w1.shape[2] // 2)
@@ -58,7 +59,7 @@ def _experts_forward_fake(x, w1, b1, w2, b2, router_indices, routing_weights, to
     return torch.empty_like(x), x.new_empty(token.shape[0], w1.shape[2])
 
 
-@torch.library.impl("gptoss_kernels::experts_backward", "default")
+@implements("gptoss_kernels::experts_backward")
 def _experts_backward(
     dy, x, hidden, w1, b1, w2, b2, router_indices, routing_weights, token, slot, expert, row, ends, alpha, limit, needed
 ):
@@ -112,13 +113,14 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, routing_weights, router_indices, alpha, limit):
         ops = torch.ops.gptoss_kernels
+        route_, forward_ = (_route, _experts_forward) if unwatched(x) else (ops.route, ops.experts_forward)
 
         def route_once():
-            return router_indices, *ops.route(router_indices, w1.shape[0])
+            return router_indices, *route_(router_indices, w1.shape[0])
 
         def compute():
             routing = token, expert, row, ends
-            return ops.experts_forward(x, w1, b1, w2, b2, router_indices, routing_weights, *routing, alpha, limit)
+            return forward_(x, w1, b1, w2, b2, router_indices, routing_weights, *routing, alpha, limit)
 
         # Recomputed for the backward pass, the rows go where they went in the forward pass.
         router_indices, token, slot, expert, row, ends = kept("routing", route_once)
@@ -133,7 +135,8 @@ class _FusedExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         needed = list(ctx.needs_input_grad[:6])
-        grads = torch.ops.gptoss_kernels.experts_backward(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit, needed)
+        operator = _experts_backward if unwatched(dy) else torch.ops.gptoss_kernels.experts_backward
+        grads = operator(dy, *ctx.saved_tensors, ctx.alpha, ctx.limit, needed)
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None
 
 

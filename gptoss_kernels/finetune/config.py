@@ -138,9 +138,8 @@ class RunArguments:
     recomputation: str = field(
         default="auto",
         metadata={
-            "help": "With gradient_checkpointing, what is computed again: lean: all but the routing; fast: nothing of "
-            "attention's and the experts' inner results, which stay in memory; auto: as many layers are fast as the "
-            "GPU's memory allows.",
+            "help": "With gradient_checkpointing, what is computed again: lean: all but the routing; fast: nothing; "
+            "auto: as little as the GPU's memory allows: attention is kept first, then the experts, then whole layers.",
             "choices": ["lean", "auto", "fast"],
         },
     )

@@ -28,22 +28,29 @@ def keep(layer: torch.nn.Module, names: frozenset[str]) -> None:
     )
 
 
-def bytes_kept(config, tokens: int, itemsize: int) -> tuple[int, int]:
-    """Bytes a layer holds if it keeps attention's results, and if it keeps the experts', for this many tokens."""
+def bytes_kept(config, tokens: int, itemsize: int) -> tuple[int, int, int]:
+    """Bytes a layer holds for this many tokens if it keeps attention's results, those of the experts, and the rest."""
     attention = config.num_attention_heads * (config.head_dim * itemsize + 4)
     experts = (
         config.num_experts_per_tok * (2 * config.intermediate_size * itemsize + 20) + config.hidden_size * itemsize
     )
-    return tokens * attention, tokens * experts
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    rest = (heads * config.head_dim + 4 * config.hidden_size + 4 * config.num_local_experts) * itemsize
+    return tokens * attention, tokens * experts, tokens * rest
 
 
 class Recomputation(TrainerCallback):
-    """Chooses what each checkpointed layer keeps: everything is computed again in the first step, and what the peak of
-    that step has left free is given to attention's results first, then to the experts', layer by layer.
+    """Chooses what each checkpointed layer keeps: everything is computed again in the first step. What the peak of that
+    step has left free is given to attention's results first, then to the experts'; what the next has left, to layers
+    that keep all.
 
     Attributes:
-        attention, experts: number of layers that keep each.
+        attention, experts, whole: number of layers that keep each.
     """
+
+    # What a layer keeps besides attention's and the experts' results also depends on what is outside this package
+    # (adapters, norms that are not fused), so that its estimate gets a margin.
+    MARGIN = 1.5
 
     def __init__(self, model: PreTrainedModel, mode: str, tokens: int, reserve: float = 0.06):
         """mode: "lean" keeps the routing alone, "fast" all, "auto" what fits. tokens: of a forward pass, at most.
@@ -52,22 +59,23 @@ class Recomputation(TrainerCallback):
                        hasattr(layer, "self_attn")]  # fmt: skip
         self.config, self.dtype = model.config, model.dtype
         self.mode, self.tokens, self.reserve = mode, tokens, reserve
-        self.attention = self.experts = 0
-        self._settled = False
+        self.attention = self.experts = self.whole = 0
+        self._steps = 0
 
-    def apply(self, attention: int, experts: int) -> None:
-        """Lets the last `attention` and `experts` layers keep those results."""
-        self.attention, self.experts = attention, experts
+    def apply(self, attention: int, experts: int, whole: int = 0) -> None:
+        """Lets the last `attention` and `experts` layers keep those results, and the last `whole` everything."""
+        self.attention, self.experts, self.whole = attention, experts, whole
         count = len(self.layers)
         for index, layer in enumerate(self.layers):
             kept = ROUTING
             kept |= ATTENTION if index >= count - attention else frozenset()
             kept |= EXPERTS if index >= count - experts else frozenset()
             keep(layer, kept)
+            layer.gradient_checkpointing = index < count - whole
 
     def fit(self, free: int) -> tuple[int, int]:
         """How many layers can keep attention's and the experts' results in this many bytes."""
-        each_attention, each_experts = bytes_kept(self.config, self.tokens, self.dtype.itemsize)
+        each_attention, each_experts, _ = bytes_kept(self.config, self.tokens, self.dtype.itemsize)
         count = len(self.layers)
         attention = max(0, min(count, free // each_attention))
         experts = max(0, min(count, (free - attention * each_attention) // each_experts)) if attention == count else 0
@@ -75,16 +83,22 @@ class Recomputation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         count = len(self.layers)
-        self.apply(*((count, count) if self.mode == "fast" else (0, 0)))
+        self.apply(*((count,) * 3 if self.mode == "fast" else (0, 0)))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.mode == "auto" and args.device.type == "cuda" and not self._settled:
+        if self.mode == "auto" and args.device.type == "cuda":
             self.use_free_memory(args.device)
-        self._settled = True
 
     def use_free_memory(self, device: torch.device) -> None:
-        """Lets as many layers keep results as fit into what the peak so far has left free."""
-        total = torch.cuda.get_device_properties(device).total_memory
+        """After the first step and the second: lets layers keep what fits into what the peak so far has left free."""
+        self._steps += 1
+        if self._steps > 2:
+            return
+        total, count = torch.cuda.get_device_properties(device).total_memory, len(self.layers)
         free = int(total * (1 - self.reserve)) - torch.cuda.max_memory_reserved(device)
-        self.apply(*self.fit(free))
-        torch.cuda.empty_cache()  # what the first step has cut its memory into does not fit what is kept now
+        if self._steps == 1:
+            self.apply(*self.fit(free))
+        elif self.experts == count:
+            rest = bytes_kept(self.config, self.tokens, self.dtype.itemsize)[2]
+            self.apply(count, count, max(0, min(count, int(free // (self.MARGIN * rest)))))
+        torch.cuda.empty_cache()  # what the step has cut its memory into does not fit what is kept now

@@ -11,9 +11,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.to(x.dtype).T * scaling  # (tokens, rank)
+        low = flat @ a.to(x.dtype).T  # (tokens, rank)
         y = torch.nn.functional.linear(flat, weight, bias)
-        y.addmm_(low, b.to(x.dtype).T)
+        y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, low, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
@@ -23,16 +23,16 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, low, weight, a, b = ctx.saved_tensors
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dlow = dy @ b.to(x.dtype) * ctx.scaling  # (tokens, rank)
+        dlow = dy @ b.to(x.dtype)  # (tokens, rank), not yet scaled
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-            dx.addmm_(dlow, a.to(x.dtype))
+            dx.addmm_(dlow, a.to(x.dtype), alpha=ctx.scaling)
             dx = dx.view_as(x)
         if ctx.needs_input_grad[3]:
-            da = (dlow.T @ flat).to(a.dtype)
+            da = (dlow.T @ flat).to(a.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
-            db = (dy.T @ low).to(b.dtype)
+            db = (dy.T @ low).to(b.dtype).mul_(ctx.scaling)
         return dx, None, None, da, db, None
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..operators import implements
 
 CHUNK = 4096  # tokens; at 201,088 words 1.6 GB of logits in bf16, and products at full speed
 
@@ -68,7 +69,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("gptoss_kernels::linear_cross_entropy", "default")
+@implements("gptoss_kernels::linear_cross_entropy")
 def _linear_cross_entropy(hidden, weight, labels, need_grad):
     tokens, vocab = hidden.shape[0], weight.shape[0]
     losses, entropies = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(2))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..operators import implements, unwatched
 
 PARTIAL_ROWS = 128  # rows whose share of the weight's gradient one program sums
 
@@ -74,7 +75,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("gptoss_kernels::rms_norm_forward", "default")
+@implements("gptoss_kernels::rms_norm_forward")
 def _forward(x, weight, eps):
     hidden = x.shape[-1]
     x = x.contiguous()
@@ -92,7 +93,7 @@ def _forward_fake(x, weight, eps):
     return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.impl("gptoss_kernels::rms_norm_backward", "default")
+@implements("gptoss_kernels::rms_norm_backward")
 def _backward(dy, x, weight, rstd, need_weight):
     hidden = x.shape[-1]
     dy, x = dy.contiguous(), x.contiguous()
@@ -116,7 +117,8 @@ def _backward_fake(dy, x, weight, rstd, need_weight):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, rstd = torch.ops.gptoss_kernels.rms_norm_forward(x, weight, eps)
+        operator = _forward if unwatched(x) else torch.ops.gptoss_kernels.rms_norm_forward
+        y, rstd = operator(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -124,7 +126,8 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = torch.ops.gptoss_kernels.rms_norm_backward(dy, x, weight, rstd, ctx.needs_input_grad[1])
+        operator = _backward if unwatched(x) else torch.ops.gptoss_kernels.rms_norm_backward
+        dx, dweight = operator(dy, x, weight, rstd, ctx.needs_input_grad[1])
         return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..operators import implements, unwatched
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def _heads_last(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-@torch.library.impl("gptoss_kernels::rope", "default")
+@implements("gptoss_kernels::rope")
 def _rope(q, k, cos, sin, inverse):
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     q_out, k_out = _heads_last(q), _heads_last(k)
@@ -99,13 +100,14 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return torch.ops.gptoss_kernels.rope(q, k, cos, sin, False)
+        return (_rope if unwatched(q) else torch.ops.gptoss_kernels.rope)(q, k, cos, sin, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return *torch.ops.gptoss_kernels.rope(dq, dk, cos, sin, True), None, None
+        operator = _rope if unwatched(dq) else torch.ops.gptoss_kernels.rope
+        return *operator(dq, dk, cos, sin, True), None, None
 
 
 def apply_rope(

@@ -1,6 +1,7 @@
 """The fused loss is TRL's, and a layer that keeps results instead of computing them again gives the same gradients."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,9 +140,48 @@ def test_a_kept_result_that_is_changed_in_place_is_noticed():
 
 def test_what_fits(model):
     chooser = Recomputation(model, "auto", tokens=100)
-    attention, experts = bytes_kept(model.config, 100, 4)
+    attention, experts, rest = bytes_kept(model.config, 100, 4)
     assert attention == 100 * 4 * (16 * 4 + 4)  # out and lse of four heads of 16
     assert chooser.fit(0) == chooser.fit(-5) == (0, 0)
     assert chooser.fit(attention) == (1, 0)
     assert chooser.fit(2 * attention + experts) == (2, 1)
     assert chooser.fit(10**9) == (2, 2)
+    assert rest == 100 * 4 * ((4 + 2 * 2) * 16 + 4 * model.config.hidden_size + 4 * model.config.num_local_experts)
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_whole_layers_are_not_computed_again(kernels, model, batch, whole):
+    model = copy.deepcopy(model)
+    want = run(model, batch, {})
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    chooser = Recomputation(model, "auto", tokens=24)
+    chooser.apply(0, 0, whole)
+    calls = {}
+    got = run(model, batch, calls)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert calls["gptoss_kernels::attention_forward"] == 4 - whole
+    chooser.apply(0, 0)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    "free, kept",
+    [  # bytes that the first step leaves free, and the second: layers that keep attention, experts, all
+        ((0, 10**9), (0, 0, 0)),
+        ((10**9, 0), (2, 2, 0)),
+        ((10**9, 1.6), (2, 2, 1)),
+        ((10**9, 10**9), (2, 2, 2)),
+    ],
+)
+def test_what_two_steps_leave_free_is_used(model, monkeypatch, free, kept):
+    chooser = Recomputation(copy.deepcopy(model), "auto", tokens=100, reserve=0.0)
+    rest = bytes_kept(model.config, 100, 4)[2]
+    total = 10**12
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for bytes_free in (*free, 0):
+        bytes_free = int(bytes_free * rest) if bytes_free == 1.6 else bytes_free
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, free=bytes_free: total - free)
+        chooser.use_free_memory(torch.device("cuda"))
+    assert (chooser.attention, chooser.experts, chooser.whole) == kept
