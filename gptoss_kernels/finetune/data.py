@@ -74,6 +74,8 @@ def load_tokenizer(name: str, *, conversation_date: str, revision: str = "main")
         SetupError: there is no such tokenizer, it lacks a special token, or it cannot tell padding from the end.
     """
     path = find(name)
+    if path is None and not _looks_like_hub(name):
+        raise SetupError(f"tokenizer_name: there is no folder {name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path or name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -201,10 +203,10 @@ def examples(row: dict, rendering: harmony.Rendering, eos_token: str) -> list[ha
     if kind == ("user", "final"):
         return harmony.render(_settings(row) | {"messages": _messages(row)}, rendering)
     strings = [isinstance(row[column], str) for column in kind]
-    if kind == ("messages",) or not any(strings):
-        return harmony.render(_settings(row) | {column: row[column] for column in kind}, rendering)
     if kind == ("text",):
         return [_plain({"text": 1.0}, row, eos_token)]
+    if kind == ("messages",) or not any(strings):
+        return harmony.render(_settings(row) | {column: row[column] for column in kind}, rendering)
     if not all(strings):
         raise ValueError("prompt, completion: expected two strings or two lists of messages, got one of each")
     return [_plain({"prompt": 0.0, "completion": 1.0}, row, eos_token)]
@@ -377,7 +379,7 @@ def _csv_rows(lines: Iterator[bytes]) -> Iterator[tuple[int, dict | Exception]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, ValueError(f"expected comma-separated values: {error}")
+            yield reader.reader.line_num, ValueError(f"expected comma-separated values: {error}")
             continue
         cells = [cell for cell in (*row.values(), *row.pop(None, ())) if isinstance(cell, str)]
         number = reader.line_num - sum(cell.count("\n") for cell in cells)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
     "model_type": "gpt_oss",
-    "vocab_size": 1024,
+    "vocab_size": 2048,  # the shipped tokenizer has fewer
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -86,6 +86,14 @@ def settings(shapes, dataset, tmp_path):
         return parse([f"--{key}={value}" for key, value in (defaults | keys).items()])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The shipped tokenizer, as a run loads it."""
+    from gptoss_kernels.finetune.data import load_tokenizer
+
+    return load_tokenizer("data/tokenizer", conversation_date="2025-06-28")
 
 
 @pytest.fixture
