@@ -53,7 +53,7 @@ def ask(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 50, max_new
     Args:
         model: a causal language model of Transformers; its device is used.
         rows: with `messages`, whose last is the reply that is asked for.
-        max_new_tokens: longest reply; those of the data set have up to 80.
+        max_new_tokens: longest reply; those of the data set have up to 78.
     """
     was_training = model.training
     model.eval()
