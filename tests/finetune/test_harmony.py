@@ -246,6 +246,16 @@ def test_agrees_with_the_template_that_trl_ships(messages, tools, real):
     )
 
 
+@pytest.mark.parametrize("name", ["plain", "reasoning", "developer", "system", "two turns", "greeting"])
+def test_agrees_with_the_template_beside_the_shipped_tokenizer(name, small):
+    messages = CONVERSATIONS[name]
+    example = render({"messages": messages, "reasoning_effort": "low"}, Rendering(conversation_date="2026-01-31"))[-1]
+    variables = {"reasoning_effort": "low", "conversation_date": "2026-01-31", "tokenize": False}
+    assert text(example) == small.apply_chat_template(messages, **variables)
+    start = small.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    assert text(prompt(messages[:-1], Rendering())) == start
+
+
 def test_arguments_that_are_json_already_stay_as_they_are(real):
     """The template would quote them once more."""
     call = {"role": "assistant", "tool_calls": [{"name": "rain", "arguments": '{"at": "Oslo"}'}]}
