@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from gptoss_kernels.finetune import preflight, train
 from gptoss_kernels.finetune.data import load_splits, load_tokenizer, prepare
@@ -40,14 +42,14 @@ def make_trainer(arguments) -> train.Trainer:
 
 def test_a_run_learns_and_leaves_its_results(settings, dataset, capsys):
     arguments = settings(
-        max_steps=60,
+        max_steps=120,
         learning_rate=1e-2,
         adam_beta2=0.95,
         gradient_accumulation_steps=2,
-        logging_steps=10,
+        logging_steps=20,
         eval_on_start="true",
         eval_strategy="steps",
-        eval_steps=30,
+        eval_steps=60,
         sample_prompt=PROMPT,
         sample_tokens=16,
     )
@@ -100,29 +102,103 @@ def test_a_run_that_learns_nothing_says_so(settings, capsys):
     assert "WARNING: the held-out loss did not get below the bigram entropy" in capsys.readouterr().out
 
 
-def test_held_out_loss_is_the_mean_over_tokens(settings):
-    trainer = make_trainer(settings(eval_strategy="steps", eval_steps=1))
+WEIGHTED = '{"analysis": 0.25, "final": 2}'
+MARKS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def weighted_sum(model, batch) -> torch.Tensor:
+    """Sum of weight * -log p over a batch, from full logits."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "loss_weights")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    targets = batch["input_ids"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * batch["loss_weights"][:, 1:].flatten()).sum()
+
+
+def test_held_out_loss_is_the_weighted_mean_over_tokens(settings):
+    trainer = make_trainer(settings(eval_strategy="steps", eval_steps=1, channel_weights=WEIGHTED))
     lengths = {len(row["input_ids"]) for row in trainer.eval_dataset}
     assert len(lengths) > 1, "rows of one length would hide a mean over batches"
-    total, tokens = 0.0, 0
+    total, weight = 0.0, 0.0
     for batch in trainer.get_eval_dataloader():
+        assert {0, 0.25, 2} == set(batch["loss_weights"].unique().tolist())
         with torch.no_grad():
-            logits = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, :-1]
-        labels = batch["labels"][0, 1:]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
-        tokens += (labels != -100).sum().item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-6)
+            total += weighted_sum(trainer.model, batch).item()
+        weight += batch["loss_weights"].sum().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("weights", [None, WEIGHTED, '{"analysis": 2.5e-7, "final": 2e-6}'])
+def test_gradient_is_that_of_the_weighted_mean_over_the_step(settings, packing, weights):
+    """Micro-batches of different lengths, with weights of any scale."""
+    keys = {} if weights is None else {"channel_weights": weights}
+    trainer = make_trainer(settings(packing=packing, gradient_accumulation_steps=3, **keys))
+    model = trainer.model
+    loader = trainer.get_train_dataloader()
+    batches, total = trainer.get_batch_samples(iter(loader), 3, trainer.args.device)
+    trainer.current_gradient_accumulation_steps = 3
+    assert len({batch["loss_weights"].sum().item() for batch in batches}) == 3
+    loss = sum(weighted_sum(model, batch) for batch in batches) / sum(b["loss_weights"].sum() for b in batches)
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    found = sum(trainer.training_step(model, dict(batch), total) for batch in batches)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_weights_of_one_change_nothing(settings):
+    trainer = make_trainer(settings())
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = (batch["labels"] != -100).sum()
+    assert trainer._get_num_items_in_batch([batch], labels.device) == labels
+    plain = {key: value for key, value in batch.items() if key != "loss_weights"}
+    with torch.no_grad():
+        theirs = SFTTrainer.compute_loss(trainer, trainer.model, plain, num_items_in_batch=labels)
+        ours = trainer.compute_loss(trainer.model, batch, num_items_in_batch=labels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_two_processes_take_the_step_of_one(shapes, dataset, tmp_path):
+    """Each row's share in the step is its weight's, on whichever process it is."""
+    keys = {
+        "model_name_or_path": shapes, "model_init": "random", "dataset_name": dataset, "dtype": "float32",
+        "bf16": "false", "use_cpu": "true", "packing": "true", "max_length": "384", "channel_weights": WEIGHTED,
+        "per_device_train_batch_size": "1", "gradient_checkpointing": "false", "max_steps": "2",
+        "learning_rate": "0.1", "optim": "sgd", "max_grad_norm": "1e9",
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": "true",
+        "eval_strategy": "no",
+    }  # fmt: skip
+    weights = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        options = {**keys, "gradient_accumulation_steps": str(4 // processes), "output_dir": str(output)}
+        command = [sys.executable, "sft.py"]
+        if processes == 2:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "sft.py"]
+        command += [f"--{key}={value}" for key, value in options.items()]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-2000:]
+        weights[processes] = load_file(output / "model.safetensors")
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[2][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_packed_documents_do_not_see_each_other(settings, batch_size):
-    trainer = make_trainer(settings(per_device_train_batch_size=batch_size, eval_strategy="steps", eval_steps=1))
+    trainer = make_trainer(
+        settings(per_device_train_batch_size=batch_size, eval_strategy="steps", eval_steps=1, channel_weights=WEIGHTED)
+    )
     model = trainer.model.eval()
     batch = next(iter(trainer.get_train_dataloader()))
     ids, starts = batch["input_ids"], batch["cu_seq_lens_q"].tolist()
     assert ids.shape[0] == 1, "rows of a batch are joined"
     assert ids.shape[1] > (batch_size - 1) * 384 and len(starts) > 2 * batch_size
     assert batch["position_ids"][0, starts[:-1]].tolist() == [0] * (len(starts) - 1)
+    assert batch["loss_weights"][0, starts[:-1]].tolist() == [0] * (len(starts) - 1)
     assert "attention_mask" not in batch
 
     def loss(**inputs) -> float:
@@ -131,19 +207,16 @@ def test_packed_documents_do_not_see_each_other(settings, batch_size):
 
     trainer._held_out = torch.zeros(2, dtype=torch.float64)
     packed = loss(**batch)
-    total, tokens = 0.0, 0
+    total = 0.0
     for start, end in zip(starts, starts[1:], strict=False):
-        document = ids[:, start:end]
-        positions = torch.arange(end - start)[None]
-        total += loss(input_ids=document, labels=document, position_ids=positions) * (end - start - 1)
-        tokens += end - start - 1
-    assert packed == pytest.approx(total / tokens, abs=1e-5)
+        part = {key: batch[key][:, start:end] for key in ("input_ids", "labels", "loss_weights")}
+        total += loss(**part, position_ids=torch.arange(end - start)[None]) * part["loss_weights"].sum().item()
+    assert packed == pytest.approx(total / batch["loss_weights"].sum().item(), abs=1e-5)
 
     # Either of the two carries the boundaries; without both, documents leak and the loss shows it.
-    marks = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-    positions_alone = {k: v for k, v in batch.items() if k not in marks or k == "position_ids"}
+    positions_alone = {k: v for k, v in batch.items() if k not in MARKS or k == "position_ids"}
     assert loss(**positions_alone) == pytest.approx(packed, abs=1e-5)
-    unmarked = {k: v for k, v in batch.items() if k not in marks}
+    unmarked = {k: v for k, v in batch.items() if k not in MARKS}
     unmarked["attention_mask"] = torch.ones_like(ids)
     assert abs(loss(**unmarked) - packed) > 1e-4
 
@@ -158,7 +231,7 @@ def test_router_auxiliary_loss_is_off_unless_asked_for(settings, coefficient):
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, dict(batch)).item()
-    plain = trainer.model(**{**batch, "output_router_logits": False}).loss.item()
+    plain = (weighted_sum(trainer.model, batch) / batch["loss_weights"].sum()).item()
     # A balanced router's auxiliary loss is about top_k = 2, so half of it adds about 1.
     assert loss - plain == pytest.approx(0 if coefficient is None else 1, abs=1e-5 if coefficient is None else 0.2)
 
@@ -259,7 +332,19 @@ def test_random_weights_bring_their_own_data(settings, capsys, dataset):
         ({"attn_implementation": "eager"}, "'eager' lets packed documents attend to each other"),
         ({"attn_implementation": "flex_attention"}, "'flex_attention' lets packed documents"),
         ({"attn_implementation": "eager", "packing": "false", "eval_packing": "true"}, "attn_implementation: 'eager'"),
-        ({"packing_strategy": "wrapped"}, "packing_strategy: 'wrapped'"),
+        (
+            {"packing_strategy": "wrapped"},
+            "packing_strategy: expected 'bfd', got 'wrapped'; documents are packed whole",
+        ),
+        ({"packing_strategy": "bfd_split"}, "packing_strategy: expected 'bfd', got 'bfd_split'"),
+        ({"completion_only_loss": "false"}, "completion_only_loss: expected None or True, got False"),
+        ({"loss_type": "dft"}, "loss_type: expected 'nll', got 'dft'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, got 0.1"),
+        ({"dataset_text_field": "body"}, "dataset_text_field: expected 'text', got 'body'"),
+        ({"shuffle_dataset": "true"}, "shuffle_dataset: expected False, got True"),
+        ({"chat_template_path": "a.jinja"}, "chat_template_path: expected None, got 'a.jinja'"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of: packed rows have no padding"),
+        ({"max_length": "none"}, "max_length: expected the length of a packed row"),
         ({"load_in_4bit": "true"}, "load_in_8bit, load_in_4bit: not for gpt-oss"),
         ({"report_to": "neptune"}, "report_to: neptune is not installed"),
         ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit needs bitsandbytes"),
@@ -281,6 +366,10 @@ def test_settings_that_work(settings):
         {},
         {"packing": "false", "attn_implementation": "eager"},
         {"attn_implementation": "flash_attention_4"},
+        {"packing": "false", "pad_to_multiple_of": 8},
+        {"packing": "false", "max_length": "none"},
+        {"packing": "false", "padding_free": "true"},
+        {"assistant_only_loss": "true", "completion_only_loss": "true"},
     ):
         check_settings(settings(**keys))
 
