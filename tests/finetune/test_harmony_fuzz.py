@@ -175,7 +175,7 @@ def expected_weights(ids: list[int], tokenizer, rendering: Rendering) -> list[fl
         author, _, rest = header.removeprefix("<|start|>").partition("<|channel|>")
         messages.append((author.split(" ")[0], rest.split(" ")[0], end - start))
     last_user = max(at for at, (author, _, _) in enumerate(messages) if author == "user")
-    opening = 1 + len(tokenizer("assistant", add_special_tokens=False)["input_ids"])
+    opening = prompt_end(tokenizer)
     expected = []
     for at, (author, channel, length) in enumerate(messages):
         if author != "assistant" or at < last_user:
@@ -184,6 +184,12 @@ def expected_weights(ids: list[int], tokenizer, rendering: Rendering) -> list[fl
         prompted = 0 if messages[at - 1][0] == "assistant" else opening
         expected += [0.0] * prompted + [rendering.channel_weights.get(channel, 0.0)] * (length - prompted)
     return expected
+
+
+@cache
+def prompt_end(tokenizer) -> int:
+    """Tokens of `<|start|>assistant`."""
+    return 1 + len(tokenizer("assistant", add_special_tokens=False)["input_ids"])
 
 
 @cache
@@ -212,18 +218,17 @@ def check_tokens(row: dict, rendering: Rendering, tokenizer) -> list:
     return made
 
 
-def check_contexts(row: dict, rendering: Rendering, tokenizer) -> None:
+def check_contexts(row: dict, rendering: Rendering, made: list, tokenizer) -> None:
     """Every reply stands after the very prompt that gpt-oss would have been given, by its template."""
-    messages, turn, examples = row["messages"], -1, {}
+    messages, turn = row["messages"], -1
     answered = []  # the turn of each reply's start
     for at, message in enumerate(messages):
         turn += message["role"] == "user"
         if message["role"] == "assistant" and turn >= 0:
             answered.append((turn, at))
     kept = sorted({turn for turn, _ in answered})[-1 if rendering.turns == "last" else 0 :]
-    made = render(row, rendering)
     assert len(made) == len(kept)
-    examples = dict(zip(kept, map(text, made), strict=True))
+    examples = dict(zip(kept, (text(example) for example, _ in made), strict=True))
     rendering = Rendering(reasoning_effort=row.get("reasoning_effort", "medium"))
     for turn, at in answered:
         start = text(prompt(messages[:at], rendering, row.get("tools")))
@@ -266,7 +271,7 @@ def test_fuzzed_conversations(part, small):
 
     def check(row, rendering):
         made = check_tokens(row, rendering, small)
-        check_contexts(row, rendering, small)
+        check_contexts(row, rendering, made, small)
         check_whole(row, small)
         seen.update(["rows", f"{len(made)} examples", f"weights {rendering.channel_weights.get('analysis')}"])
         seen.update({key for key in row} | {"tool calls" for message in row["messages"] if message["role"] == "tool"})
