@@ -41,6 +41,7 @@ on it would go wrong:
   errors, and so are turns that gpt-oss could not have produced (see `render`).
 - A final reply ends with `<|return|>` wherever it is trained, not only at the end of the conversation.
 - `thinking` that is null or empty is no reasoning, rather than an error or an empty message.
+- It can describe gpt-oss's built-in tools (`builtin_tools`: browser, python); here that is an error.
 
 OpenAI's own renderer (`openai-harmony`) writes a few things otherwise: no blank line after the instructions, what tools
 return without JSON quotes, objects in tool signatures indented. Where the two differ, this follows the template.
@@ -315,6 +316,7 @@ def _encode_plain(texts: list[str], tokenizer) -> list[list[int]]:
         texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
     )["input_ids"]
     numbers = {tokenizer.convert_tokens_to_ids(token): token for token in SPECIAL_TOKENS}
+    numbers.pop(tokenizer.unk_token_id, None)  # what it answers for a token that it lacks; None without such an id
     for piece, ids in zip(texts, encoded, strict=True):
         if not numbers.keys().isdisjoint(ids):
             token = next(numbers[number] for number in ids if number in numbers)
