@@ -11,7 +11,9 @@ Configurations
 Keys that are asked for most
   --model_name_or_path NAME    openai/gpt-oss-20b, openai/gpt-oss-120b or a folder
   --model_init random          real shapes without a checkpoint, to measure speed and memory
-  --dataset_name NAME          a .jsonl file, a folder with train.jsonl and test.jsonl, or a name on the Hub
+  --dataset_name NAME          a .jsonl or .csv file, a folder with train.jsonl and test.jsonl, or a name on the Hub
+  --channel_weights JSON       loss by channel, '{"analysis": 0.5, "final": 1.0}'; --train_turns all or last
+  --bad_rows skip              leave out malformed rows, counted, instead of stopping at the first
   --output_dir DIR             where the result goes
   --max_length N               tokens in a packed row
   --max_steps N                stop after N optimizer steps
@@ -20,6 +22,8 @@ Keys that are asked for most
   --overwrite true                 start anew in an output_dir that holds an earlier run
   --router_aux_loss_coef X         load-balancing loss of the router, off by default
   --report_to none                 no experiment tracker
+
+  python -m gptoss_kernels.finetune.data show --config FILE    what of the data is trained, token by token
 
   --help_all lists every key. An unknown or misspelt key is an error.
 """

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from trl import get_peft_config
 
 from gptoss_kernels.finetune.config import GROUPS, help_text, parse
+from gptoss_kernels.finetune.harmony import Rendering
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "output_dir: out\nbf16: false\n"
@@ -61,6 +62,15 @@ def fails(capsys, argv: list[str]) -> str:
         ("seed: 1\nseed: 2", "key 'seed' is given twice"),
         ("seed: [", "run.yaml"),
         ("load_in_8bit: true\nload_in_4bit: true", "8 bit and 4 bit"),
+        ("channel_weights: 1.0", "channel_weights: expected a mapping"),
+        ("channel_weights: {finale: 1.0}", "channel_weights: expected channels among analysis, commentary or final"),
+        ("channel_weights: {final: -1}", "channel_weights['final']: expected a number of at least 0, got -1"),
+        ("channel_weights: {final: .nan}", "channel_weights['final']: expected a number of at least 0, got nan"),
+        ("channel_weights: {final: 0}", "channel_weights: expected a weight above 0"),
+        ("train_turns: first", "invalid choice: 'first'"),
+        ("end_token: <|end|>", "invalid choice: '<|end|>'"),
+        ("bad_rows: ignore", "invalid choice: 'ignore'"),
+        ("conversation_date: today", "conversation_date: expected year-month-day, got 'today'"),
     ],
 )
 def test_wrong_line_in_the_file(capsys, config_file, line, said):
@@ -108,6 +118,16 @@ def test_null_and_mappings_reach_their_keys(config_file):
     arguments = parse(["--config", config_file(BASE + "max_length: null\nlr_scheduler_kwargs: {min_lr_rate: 0.1}\n")])
     assert arguments.training.max_length is None
     assert arguments.training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_how_conversations_are_rendered(config_file):
+    lines = "channel_weights: {analysis: 0.5, final: 1}\ntrain_turns: last\nend_token: end\nreasoning_effort: low\n"
+    path = config_file(BASE + lines + "conversation_date: 2024-01-31\n")
+    rendering = parse(["--config", path]).data.rendering()
+    assert rendering == Rendering({"analysis": 0.5, "final": 1}, "last", "end", "low", "2024-01-31")
+    rendering = parse(["--config", path, "--channel_weights", '{"final": 2}']).data.rendering()
+    assert rendering.channel_weights == {"final": 2}
+    assert parse(["--config", config_file(BASE)]).data.rendering() == Rendering()
 
 
 @pytest.mark.parametrize("name", ["sft_lora", "sft_full"])
