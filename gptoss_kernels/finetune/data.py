@@ -153,8 +153,11 @@ def prepare(
         The data set, see `packing.build`, and the report.
 
     Raises:
-        SetupError: a row is malformed (with its place), or nothing is left to train on.
+        SetupError: a row is malformed (with its place), a setting does not fit the rows, or nothing is left.
     """
+    for key in ("assistant_only_loss", "completion_only_loss"):
+        if getattr(arguments.training, key) and "text" in split.rows[0]:
+            raise SetupError(f"{key}: expected conversations or prompts with completions, got rows of `text`")
     documents = encode(split, tokenizer, arguments.data, progress=progress)
     report = Report(split.name, conversations=len(split.rows), skipped=split.skipped)
     documents = truncate(documents, arguments.training.max_length, report)

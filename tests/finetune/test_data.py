@@ -329,6 +329,15 @@ def test_nothing_is_left(write, settings, tokenizer):
         prepare(split, tokenizer, arguments, packing=True)
 
 
+def test_plain_text_has_no_assistant(write, settings, tokenizer):
+    path = write("rows.jsonl", json.dumps({"text": "one two"}))
+    for key in ("assistant_only_loss", "completion_only_loss"):
+        arguments = settings(dataset_name=str(path), **{key: "true"})
+        split, _ = load_splits(arguments.data, held_out=False)
+        with pytest.raises(SetupError, match=f"{key}: expected conversations .*, got rows of `text`"):
+            prepare(split, tokenizer, arguments, packing=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from gptoss_kernels.finetune import preflight, train
-from gptoss_kernels.finetune.data import load_splits, load_tokenizer, prepare
+from gptoss_kernels.finetune import harmony, preflight, train
+from gptoss_kernels.finetune.config import DataArguments
+from gptoss_kernels.finetune.data import Split, encode, load_splits, load_tokenizer, prepare
 from gptoss_kernels.finetune.errors import SetupError
 from gptoss_kernels.finetune.preflight import check_processes, check_settings, find_checkpoint
 from gptoss_kernels.finetune.report import Speed, plot_loss
-from gptoss_kernels.finetune.sample import stream
+from gptoss_kernels.finetune.sample import render, reply, stream
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Clara has 14 apples, buys 5 more and gives 3 away. How many apples does Clara have now?"
@@ -309,6 +310,35 @@ def test_adapters_train_save_and_reply(settings, tmp_path, capsys):
     assert reply in capsys.readouterr().out
     with pytest.raises(SetupError, match="adapter: cannot load"):
         stream(adapter=str(tmp_path), **question)
+
+
+def test_a_reply_begins_where_training_does(tokenizer):
+    """The prompt in generation is the training example up to its first token that is trained."""
+    data = DataArguments(reasoning_effort="low", conversation_date="2024-01-31")
+    system, user = "reasoning language: French", "1 + 1?"
+    answer = {"role": "assistant", "thinking": "Deux.", "content": "2"}
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}, answer]
+    (document,) = encode(Split("train", [{"messages": messages}], ["here"]), tokenizer, data)
+    prompt = harmony.encode(render(user, system, data.rendering()), tokenizer).input_ids
+    assert document.input_ids[: len(prompt)].tolist() == prompt
+    assert (document.loss_weights > 0).nonzero()[0].tolist() == list(range(len(prompt), len(document.input_ids)))
+
+    said = []
+
+    class Model(torch.nn.Module):
+        device = "cpu"
+
+        def generate(self, input_ids, **settings):
+            said.append(settings)
+            return torch.cat([input_ids, torch.tensor([[tokenizer.convert_tokens_to_ids("<|call|>")]])], dim=1)
+
+    assert reply(Model(), tokenizer, user, system=system, rendering=data.rendering()) == "<|call|>"
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|return|>", "<|call|>")]
+    assert said[0]["eos_token_id"] == ends and said[0]["attention_mask"].shape == (1, len(prompt))
+    unloaded = dict.fromkeys(("adapter", "max_new_tokens", "temperature", "dtype", "attn_implementation"))
+    for prompt, date, message in (("", "2024-01-31", "messages"), ("Hi", "today", "conversation_date")):
+        with pytest.raises(SetupError, match=message):
+            stream("no-model", prompt=prompt, system=None, reasoning_effort="low", conversation_date=date, **unloaded)
 
 
 def test_random_weights_bring_their_own_data(settings, capsys, dataset):
