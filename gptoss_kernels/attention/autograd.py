@@ -103,4 +103,8 @@ class _TritonAttention(torch.autograd.Function):
 
 def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
     """Checked arguments in, (out, lse) out: see `gptoss_kernels.flash_attention`."""
+    # The kernels read these three without strides; a window's share of a longer padding mask is a view, for one.
+    sinks, cu_seqlens, key_padding_mask = (
+        x if x is None else x.contiguous() for x in (sinks, cu_seqlens, key_padding_mask)
+    )
     return _TritonAttention.apply(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)

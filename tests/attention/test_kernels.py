@@ -130,6 +130,27 @@ def test_strided_inputs_are_read_in_place():
     assert torch.equal(flash_attention(*[last_stride_two] * 3, backend="triton"), expected)
 
 
+@pytest.mark.parametrize("name", ["key_padding_mask", "cu_seqlens", "sinks"])
+def test_small_inputs_may_have_any_strides(name):
+    # A windowed layer's padding mask, for one, is the end of each row of a longer mask.
+    case = AttentionCase(batch=2, padding="left", q_len=33) if name == "key_padding_mask" else AttentionCase()
+    if name == "cu_seqlens":
+        case = AttentionCase(documents=DOCUMENTS)
+    inputs, keywords = case.inputs(DEVICE)
+    expected = run(case, inputs, keywords, grads_of(case))
+    x = inputs[3].detach() if name == "sinks" else keywords[name]
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 8, device=DEVICE).to(x.dtype)
+    strided = wide[..., 8:][..., ::2] if x.dim() == 1 else wide[..., 8 : 8 + x.shape[-1]]
+    strided.copy_(x)
+    assert not strided.is_contiguous()
+    if name == "sinks":
+        inputs = [*inputs[:3], strided.requires_grad_()]
+    else:
+        keywords = keywords | {name: strided}
+    for got, want in zip(run(case, inputs, keywords, grads_of(case)), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("length", [64, 70])
 def test_layouts_that_differ_between_inputs(length):
     # Inside Transformers k comes contiguous from the rotary embedding, and v as a transposed view.

@@ -58,7 +58,7 @@ def test_generate_gives_the_same_tokens_and_logits_at_every_step(model, tokens, 
     ids = tokens(2, 20)  # 50 tokens in the end: the window of 32 slides over the cache
     mask = torch.ones_like(ids)
     if padded:
-        mask[0, :7] = 0
+        mask[0, :3] = mask[1, :7] = 0
     want, want_logits = _generate(model, ids, attention_mask=mask)
     with through(route, model):
         got, got_logits = _generate(model, ids, attention_mask=mask)
@@ -69,8 +69,10 @@ def test_generate_gives_the_same_tokens_and_logits_at_every_step(model, tokens, 
 
 def test_generate_through_the_kernels(kernels, tokens):
     small = random_gpt_oss(seed=3, num_hidden_layers=2, sliding_window=8)
-    ids = tokens(1, 12)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, :7] = 0  # the window's share of a row's mask lies where the row's stride says
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
     want = small.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
     with through("registered", small):
         got = small.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
