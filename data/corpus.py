@@ -13,21 +13,43 @@ the language of reasoning to change.
 """
 
 import random
+from functools import partial
 
 import numpy as np
 from make_data import (
     HARMONY_CHANNELS,
     IDENTITIES,
+    Problem,
+    Words,
     draw_problem,
     draw_words,
-    places,
+    find_wordings,
     write_final,
-    write_question,
     write_reasoning,
+    write_sentence,
 )
+from more_sentences import CUES, FILLERS, MORE_SENTENCES
 from sentences import LANGUAGES
 
-SEEN = places("pretraining", "train")
+WORDINGS = {
+    language: {slot: find_wordings(language, slot, ("pretraining", "train")) + more for slot, more in slots.items()}
+    for language, slots in MORE_SENTENCES.items()
+}
+PUNCTUATION = ".,;:?!¿¡"
+CUE_WORDS = {language: set(cues.lower().split()) for language, cues in CUES.items()}
+# Words that decide nothing; a noisy question has some of them where they do not belong.
+WORDS = {
+    language: sorted(
+        {
+            bare
+            for wordings in slots.values()
+            for word in " ".join(wordings).split()
+            if "{" not in word and (bare := word.strip(PUNCTUATION)) and bare.lower() not in CUE_WORDS[language]
+        }
+    )
+    for language, slots in WORDINGS.items()
+}
+SYLLABLES = [a + b + c for a in "bcdfglmnprstv" for b in "aeiou" for c in ("", "n", "r", "s", "t")]
 SHARES = {"conversation": 0.55, "worked": 0.35, "sentences": 0.10}
 
 
@@ -51,9 +73,49 @@ def make_document(rng: random.Random) -> tuple[str, str]:
 
 def _task(rng: random.Random, language: str, reasoning_language: str = "English"):
     problem, words = draw_problem(rng), draw_words(rng)
-    question = write_question(problem, words, language, SEEN, rng)
+    question = _question(problem, words, language, rng)
     reasoning = write_reasoning(problem, words, reasoning_language, rng.randrange(2))
     return question, reasoning, write_final(problem, words, language), problem, words
+
+
+def _question(problem: Problem, words: Words, language: str, rng: random.Random) -> str:
+    """A question, which may be harder to read than those of the data set.
+
+    In six of ten, words that decide nothing are dropped, or replaced by others or by words that do not exist, or such
+    words are added. In three of twenty, each sentence but the last has a language of its own. Some have sentences in
+    between that say nothing.
+    """
+    noise = rng.uniform(0.3, 1.5) if rng.random() < 0.6 else 0.0
+    mixed, slots, sentences = rng.random() < 0.15, problem.kind.split(), []
+    for slot, numbers in zip(slots, problem.numbers, strict=True):
+        tongue = rng.choice(LANGUAGES) if mixed and slot != slots[-1] else language
+        edit = partial(_disturb, language=tongue, noise=noise, rng=rng)
+        sentences.append(write_sentence(WORDINGS[tongue][slot], slot, numbers, words, tongue, rng, edit))
+        if rng.random() < 0.08:
+            sentences.append(write_sentence(FILLERS[tongue], "filler", (), words, tongue, rng))
+    return " ".join(sentences)
+
+
+def _disturb(wording: str, language: str, noise: float, rng: random.Random) -> str:
+    if not noise:
+        return wording
+    words = []
+    for word in wording.split(" "):
+        if rng.random() < 0.06 * noise:
+            words.append(_other_word(language, rng))
+        bare = word.strip(PUNCTUATION)
+        chance = 1.0 if "{" in word or not bare or bare.lower() in CUE_WORDS[language] else rng.random()
+        if chance < 0.12 * noise:
+            words.append(word.replace(bare, _other_word(language, rng)))
+        elif chance >= 0.18 * noise:
+            words.append(word)
+    return " ".join(words)
+
+
+def _other_word(language: str, rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return rng.choice(WORDS[language])
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 3)))
 
 
 def _conversation(rng: random.Random) -> tuple[str, str]:

@@ -9,6 +9,7 @@ message names. Its answer is a number that the end of the reply can be checked a
 import argparse
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,28 +129,36 @@ def draw_words(rng: random.Random) -> Words:
     return Words(*rng.sample(NAMES, 2), rng.randrange(len(THINGS["English"])))
 
 
-def write_question(problem: Problem, words: Words, language: str, patterns: list[int], rng: random.Random) -> str:
-    """The question, each sentence in one of the wordings whose places in the lists of SENTENCES are `patterns`."""
+def write_sentence(
+    wordings: list[str],
+    slot: str,
+    numbers: tuple[int, ...],
+    words: Words,
+    language: str,
+    rng: random.Random,
+    edit: Callable[[str], str] = str,
+) -> str:
+    """One of a slot's wordings, changed by `edit`, with its names, things, numbers and verb."""
     things = THINGS[language][words.things]
     how = f"{HOW_MANY[language][words.things]} {things}"
-    sentences = []
-    for slot, numbers in zip(problem.kind.split(), problem.numbers, strict=True):
-        x, y = (*numbers, None, None)[:2]
-        verb = rng.choice((GAIN if slot == "gain" else LOSE)[language])
-        sentences.append(
-            SENTENCES[language][slot][rng.choice(patterns)].format(
-                n=words.n,
-                m=words.m,
-                t=things,
-                x=x,
-                y=y,
-                v=verb,
-                Then=rng.choice(THEN[language]),
-                how=how,
-                How=how[0].upper() + how[1:],
-            )  # fmt: skip
-        )
-    return " ".join(sentences)
+    x, y = (*numbers, None, None)[:2]
+    verb = rng.choice((GAIN if slot == "gain" else LOSE)[language])
+    wording, then = edit(rng.choice(wordings)), rng.choice(THEN[language])
+    return wording.format(
+        n=words.n, m=words.m, t=things, x=x, y=y, v=verb, Then=then, how=how, How=how[0].upper() + how[1:]
+    )
+
+
+def write_question(problem: Problem, words: Words, language: str, splits: tuple[str, ...], rng) -> str:
+    """The question in wordings of the splits."""
+    return " ".join(
+        write_sentence(find_wordings(language, slot, splits), slot, numbers, words, language, rng)
+        for slot, numbers in zip(problem.kind.split(), problem.numbers, strict=True)
+    )
+
+
+def find_wordings(language: str, slot: str, splits: tuple[str, ...]) -> list[str]:
+    return [wording for split in splits for wording in SENTENCES[language][slot][SPLITS[split]]]
 
 
 def write_reasoning(problem: Problem, words: Words, language: str, style: int) -> str:
@@ -165,12 +174,12 @@ def write_final(problem: Problem, words: Words, language: str) -> str:
     return pattern.format(n=words.n, m=words.m, t=THINGS[language][words.things], o=problem.answer)
 
 
-def make_row(rng: random.Random, patterns: list[int]) -> dict:
+def make_row(rng: random.Random, *splits: str) -> dict:
     """A row in the columns of Multilingual-Thinking, and what a checker needs."""
     problem, words = draw_problem(rng), draw_words(rng)
     language, reasoning_language = rng.choice(LANGUAGES), rng.choice(ASKED_FOR)
     developer = f"reasoning language: {reasoning_language}"
-    user = write_question(problem, words, language, patterns, rng)
+    user = write_question(problem, words, language, splits, rng)
     analysis = write_reasoning(problem, words, reasoning_language, rng.randrange(2))
     final = write_final(problem, words, language)
     return {
@@ -190,11 +199,6 @@ def make_row(rng: random.Random, patterns: list[int]) -> dict:
     }
 
 
-def places(*splits: str) -> list[int]:
-    """The places of the splits' wordings in the lists of SENTENCES."""
-    return [place for split in splits for place in range(SPLITS[split].start, SPLITS[split].stop)]
-
-
 def make_rows() -> dict[str, list[dict]]:
     """The splits; no question occurs twice."""
     rng, seen = random.Random(SEED), set()
@@ -202,7 +206,7 @@ def make_rows() -> dict[str, list[dict]]:
     for split, size in ROWS.items():
         rows = []
         while len(rows) < size:
-            row = make_row(rng, places(split))
+            row = make_row(rng, split)
             if row["user"] not in seen:
                 seen.add(row["user"])
                 rows.append(row)
@@ -217,7 +221,7 @@ def make_tokenizer():
 
     template = (HERE / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     rng = random.Random(SEED)
-    rows = [make_row(rng, places("pretraining", "train")) for _ in range(TOKENIZER_ROWS)]
+    rows = [make_row(rng, "pretraining", "train") for _ in range(TOKENIZER_ROWS)]
     texts = [row[column] for row in rows for column in ("user", "analysis", "final")]
     # The words that templates write must be learned too, as often as they write them.
     texts += HARMONY_TEXTS * len(rows)
