@@ -1,11 +1,14 @@
 """Speed and peak memory of `sft.py` itself: LoRA on random weights of gpt-oss-20b's shapes, as a row of a CSV file.
 
     python benchmarks/finetune.py [--key value ...]     any key of sft.py; the defaults are below
+    python benchmarks/finetune.py --documents full      one document of the full length a step, as in train_step.py
 
 One step is 8,192 packed tokens. Tokens are real ones, speed is the median over the steps after the first, and peak
 memory is the allocator's. The last step is profiled, to count the launches of this package's kernels.
 """
 
+import json
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +31,17 @@ DEFAULTS = {
     "report_to": "none",
 }
 COLUMNS = (
-    *("model", "training", "max_length", "sequences", "steps", "tokens_per_second", "peak_gib", "attention"),
+    *(
+        "model",
+        "training",
+        "documents",
+        "max_length",
+        "sequences",
+        "steps",
+        "tokens_per_second",
+        "peak_gib",
+        "attention",
+    ),
     *(
         "forward_launches",
         "backward_launches",
@@ -69,7 +82,20 @@ def command_line(argv: list[str]) -> list[str]:
     return [*(f"--{key}={value}" for key, value in DEFAULTS.items() if key not in named), *argv]
 
 
+def write_full_documents(path: Path, length: int, count: int = 40) -> None:
+    """Texts of random digits, each a token of the shipped tokenizer, that fill a row of `length` tokens each."""
+    draw = random.Random(0)
+    rows = ({"text": "".join(draw.choices("0123456789", k=length))} for _ in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main(argv: list[str]) -> None:
+    full = "--documents" in argv
+    if full:
+        at = argv.index("--documents")
+        if argv[at + 1 : at + 2] != ["full"]:
+            sys.exit(f"benchmarks/finetune.py: --documents: expected full, got {argv[at + 1 : at + 2]}")
+        argv = argv[:at] + argv[at + 2 :]
     if not torch.cuda.is_available():
         sys.exit("benchmarks/finetune.py: expected a CUDA GPU, got none")
     launches = Launches()
@@ -77,12 +103,17 @@ def main(argv: list[str]) -> None:
         line = command_line(argv)
         if not any(token.startswith("--output_dir") for token in line):
             line.append(f"--output_dir={folder}")
+        if full:
+            path = Path(folder) / "documents.jsonl"
+            write_full_documents(path, config.parse(line).training.max_length)
+            line.append(f"--dataset_name={path}")
         arguments = config.parse(line)
         result = train.run(arguments, callbacks=(launches,))
     training, model = arguments.training, arguments.model
     row = {
         "model": model.model_name_or_path,
         "training": f"LoRA r={model.lora_r}" if model.use_peft else "full",
+        "documents": "full length" if full else "shipped",
         "max_length": training.max_length,
         "sequences": training.per_device_train_batch_size * training.gradient_accumulation_steps,
         "steps": training.max_steps,

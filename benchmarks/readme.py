@@ -66,14 +66,18 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
 
 
 def finetune_table(rows: list[dict[str, str]]) -> str:
-    """Markdown: the newest row of each GPU, model, kind of training and length."""
-    newest = {(r["gpu"], r["model"], r["training"], int(r["max_length"]), r["sequences"]): r for r in rows}
-    lines = ["| GPU | model | training | tokens a step | tokens/s | peak GiB | measured |", "|---" * 7 + "|"]
-    for (gpu, model, training, length, sequences), row in newest.items():
-        tokens = length * int(sequences)
+    """Markdown: the newest row of each GPU, model, kind of training, documents and length."""
+    setting = ("gpu", "model", "training", "documents", "max_length", "sequences")
+    newest = {tuple(row[key] for key in setting): row for row in rows}
+    lines = [
+        "| GPU | model | training | documents | tokens a step | tokens/s | peak GiB | measured |",
+        "|---" * 8 + "|",
+    ]
+    for (gpu, model, training, documents, length, sequences), row in newest.items():
+        tokens = int(length) * int(sequences)
         measured = f"{row['date']}, {row['commit']}, torch {row['torch']}, trl {row['trl']}, peft {row['peft']}"
         figures = f"{int(row['tokens_per_second']):,} | {float(row['peak_gib']):.1f}"
-        lines.append(f"| {gpu} | {model} | {training} | {tokens:,} | {figures} | {measured} |")
+        lines.append(f"| {gpu} | {model} | {training} | {documents} | {tokens:,} | {figures} | {measured} |")
     return "\n".join(lines)
 
 

@@ -30,8 +30,8 @@ from gptoss_kernels.testing import SHAPES, random_gpt_oss
 
 COLUMNS = [
     "variant", "training", "model", "layers", "tokens", "tokens_per_second", "step_ms", "step_p20_ms", "step_p80_ms",
-    "peak_gib", "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms", "other_ms",
-    "idle_ms", "kept_attention", "kept_experts", "kept_whole", "load_max_over_mean", "loss", "packages",
+    "peak_gib", "mfu", "attention_ms", "grouped_gemm_ms", "gemm_ms", "loss_ms", "experts_ms", "norm_rope_ms",
+    "other_ms", "idle_ms", "kept_attention", "kept_experts", "kept_whole", "load_max_over_mean", "loss", "packages",
     "gpu", "torch", "triton", "transformers", "date", "commit",
 ]  # fmt: skip
 SHOWN = COLUMNS[:2] + COLUMNS[4:7] + COLUMNS[9:22]
