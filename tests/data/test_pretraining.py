@@ -57,6 +57,24 @@ def test_reasoning_in_the_corpus_is_always_english():
     assert "<|channel|>" not in plain and "also rechnen wir" in plain, "text knows how the others count"
 
 
+def test_noise_leaves_what_decides():
+    rng = random.Random(2)
+    changed = 0
+    for language, slots in corpus.WORDINGS.items():
+        for wordings in slots.values():
+            for wording in wordings:
+                noisy = corpus._disturb(wording, language, 1.5, rng)
+                decides = [
+                    w for w in wording.split() if "{" in w or w.strip(",.;:?!").lower() in corpus.CUE_WORDS[language]
+                ]
+                remaining = iter(noisy.split())
+                assert all(word in remaining for word in decides), (wording, noisy)
+                changed += noisy != wording
+    assert changed > 1000
+    assert corpus._disturb("{n} has {x} more {t}.", "English", 0.0, rng) == "{n} has {x} more {t}."
+    assert "more" in corpus.CUE_WORDS["English"] and "weniger" in corpus.CUE_WORDS["German"]
+
+
 def test_packed_rows_are_whole_documents_and_reproducible(packed, tokenizer):
     ids, learned, cu_seqlens = packed
     assert ids.shape == learned.shape == (4096,) and ids.dtype == np.uint16 and ids.max() < len(tokenizer)

@@ -135,13 +135,17 @@ def test_wordings_of_the_test_split_are_shown_nowhere_else(splits):
         assert len(wordings) == 12 * 8, language
         shared = {slots["gain"][0]} & {slots["lose"][0]}  # the verb decides
         assert len(set(wordings)) == len(wordings) - len(shared), language
+        for slot, eight in slots.items():
+            shown = corpus.WORDINGS[language][slot]
+            assert not set(eight[sentences.SPLITS["test"]]) & set(shown), (language, slot)
+            assert set(eight) - set(eight[sentences.SPLITS["test"]]) <= set(shown) and len(shown) >= 20
 
     test = set().union(*(patterns_in(row["user"]) for row in splits["test"]))
     assert len(test) > 5 * 12
     assert not test & set().union(*(patterns_in(row["user"]) for row in splits["train"]))
     rng = random.Random(0)
     seen = set()
-    for _ in range(4000):
+    for _ in range(6000):
         seen |= patterns_in(re.sub(r"<\|\w+\|>|\n", " ", "".join(corpus.make_document(rng))))
     assert not test & seen
     train = set().union(*(patterns_in(row["user"]) for row in splits["train"]))
