@@ -1,7 +1,10 @@
-"""Draws the newest GPU rows of benchmarks/results: attention.png, train_step.png and train_step_parts.png.
+"""Draws the newest GPU rows of benchmarks/results: attention.png, train_step.png, train_step_parts.png, sft_tiny.png.
 
 python -m benchmarks.plot
 """
+
+import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
@@ -88,10 +91,30 @@ def draw_parts(rows: list[dict[str, str]], tokens: int = 16384):
     return figure
 
 
+def draw_losses(folder: Path):
+    """The figure: the losses of one finetuning run, a curve an attention, and how far they are apart."""
+    losses = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        losses[path.stem] = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    (first, a), (second, b) = losses.items()
+    plots.style()
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for (name, curve), style, width in zip(losses.items(), ("-", "--"), (4, 1.5), strict=True):
+        axes[0].plot(curve.keys(), curve.values(), style, linewidth=width, label=name)
+    axes[0].set(xlabel="optimizer step", ylabel="training loss (nats per token)", ylim=(0, None))
+    axes[0].legend()
+    axes[1].plot(a.keys(), [abs(a[step] - b[step]) / a[step] for step in a], "o-", markersize=3)
+    axes[1].set(xlabel="optimizer step", ylabel=f"|{first} - {second}| / {first}", yscale="log")
+    figure.suptitle("LoRA on data/tiny-gpt-oss, the same seed and data, fp32, one H100")
+    return figure
+
+
 def main() -> None:
     draw(harness.read_rows(ATTENTION)).savefig(ATTENTION.with_suffix(".png"), dpi=150)
     rows = [row for row in harness.read_rows(TRAIN_STEP) if row["training"] == "lora"]
     draw_train_step(rows).savefig(TRAIN_STEP.with_suffix(".png"), dpi=150)
+    draw_losses(TRAIN_STEP.with_name("sft_tiny")).savefig(TRAIN_STEP.with_name("sft_tiny.png"), dpi=150)
     draw_parts(rows).savefig(TRAIN_STEP.with_name("train_step_parts.png"), dpi=150)
 
 

@@ -1,6 +1,6 @@
 """Pretrain data/tiny-gpt-oss on one GPU with this project's kernels, on the corpus of corpus.py.
 
-    python data/pretrain.py                               # about 4 minutes on an H100
+    python data/pretrain.py                               # about 3 minutes on an H100
     python data/pretrain.py --steps 20 --length 2048 --output /tmp/tiny      # a look at it, on a CPU too
 
 Weights are fp32 and computed with in bf16 (on a CPU in fp32). For the last steps the experts' weights are rounded to
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "tiny-gpt-oss", help="folder (default: %(default)s)")
     parser.add_argument("--shapes", type=Path, default=SHAPES, help="a config.json (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="end earlier, with the schedule's end, after so long")
     parser.add_argument("--length", type=int, default=65536, help="tokens a step, packed (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="the highest (default: %(default)s)")
