@@ -153,9 +153,9 @@ def test_a_miniature_learns_and_is_stored_twice(tokenizer, tmp_path):
         experts_implementation="gptoss_triton",
     )
     args = argparse.Namespace(
-        steps=40, minutes=None, length=384, learning_rate=1e-2, weight_decay=0.0, balance=0.01, round_from=0.5
+        steps=80, minutes=None, length=384, learning_rate=1e-2, weight_decay=0.0, balance=0.01, round_from=0.5
     )
-    *rows, held_out = (corpus.make_packed(i, 0, args.length, tokenizer.backend_tokenizer) for i in range(41))
+    *rows, held_out = (corpus.make_packed(i, 0, args.length, tokenizer.backend_tokenizer) for i in range(81))
     inputs, labels = pretrain.packed_inputs(held_out, torch.device("cpu"))
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ def test_a_miniature_learns_and_is_stored_twice(tokenizer, tmp_path):
 
     before, log = held_out_loss(model), []
     weights = pretrain.train(model, args, rows, log.append)
-    assert [entry["step"] for entry in log] == [40] and log[-1]["num_input_tokens_seen"] == 40 * 384
+    assert [entry["step"] for entry in log] == [50, 80] and log[-1]["num_input_tokens_seen"] == 80 * 384
     pretrain.save(model, weights, tmp_path)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32 and model.dtype == torch.bfloat16
     stored = load_checkpoint(str(tmp_path), load_config(str(tmp_path)), attn_implementation="gptoss_triton")
