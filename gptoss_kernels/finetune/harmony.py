@@ -595,7 +595,7 @@ def _type(spec: Any) -> str:
         inner = _type(spec["items"])
         if isinstance(spec["items"], Mapping) and spec["items"].get("type") == "string":
             inner = "string"
-        return f"{'any' if len(inner) > 50 else inner}[]{nullable}"
+        return f"{'any' if inner == 'object | object' or len(inner) > 50 else inner}[]{nullable}"
     if isinstance(kind, (list, tuple)) and kind:
         return " | ".join(map(str, kind))
     if spec.get("oneOf"):

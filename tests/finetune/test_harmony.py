@@ -614,3 +614,10 @@ def test_tokenizers_that_cannot_do_it(small):
             render(row_of(USER, ANSWER), Rendering())[0],
             changed(),
         )
+
+
+def test_an_array_of_either_kind_of_object_is_an_array_of_anything():
+    parameters = {"type": "object", "properties": {"rows": {"type": "array", "items": {"type": ["object", "object"]}}}}
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters}}
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [tool]}
+    assert "rows?: any[]" in text(render(row, Rendering())[0])
