@@ -96,6 +96,11 @@ class Recomputation(TrainerCallback):
             return
         total, count = torch.cuda.get_device_properties(device).total_memory, len(self.layers)
         free = int(total * (1 - self.reserve)) - torch.cuda.max_memory_reserved(device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # All processes choose the same: where weights are sharded, each recomputation gathers them from all.
+            least = torch.tensor(free, device=device)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            free = int(least)
         if self._steps == 1:
             self.apply(*self.fit(free))
         elif self.experts == count:

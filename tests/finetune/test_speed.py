@@ -186,3 +186,15 @@ def test_what_two_steps_leave_free_is_used(model, monkeypatch, free, kept):
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, free=bytes_free: total - free)
         chooser.use_free_memory(torch.device("cuda"))
     assert (chooser.attention, chooser.experts, chooser.whole) == kept
+
+
+def test_processes_choose_what_fits_the_fullest_gpu(model, monkeypatch):
+    chooser = Recomputation(copy.deepcopy(model), "auto", tokens=100, reserve=0.0)
+    attention = bytes_kept(model.config, 100, 4)[0]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**12))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda free, op: free.fill_(attention))  # of another process
+    chooser.use_free_memory(torch.device("cpu"))
+    assert (chooser.attention, chooser.experts, chooser.whole) == (1, 0, 0)
