@@ -81,6 +81,7 @@ def liger_norm(x, weight):
 def rope_inputs(tokens: int, words: int, seed: int) -> tuple[tuple, tuple, tuple]:
     draw = _draw(seed)
     heads = [draw(1, tokens, n, 64).transpose(1, 2).requires_grad_() for n in (64, 8)]
+    # 1.3466 = 0.1 ln 32 + 1 is YaRN's scale.
     angle = torch.arange(tokens, device="cuda")[:, None] * 150_000.0 ** -torch.linspace(0, 1, 32, device="cuda")
     tables = tuple(f(angle)[None].mul(1.3466).to(torch.bfloat16) for f in (torch.cos, torch.sin))
     return tuple(heads), tables, tuple(draw(1, tokens, n, 64).transpose(1, 2) for n in (64, 8))
@@ -143,7 +144,7 @@ def trl_loss(hidden, weight, labels):
         config = GptOssConfig(output_router_logits=False)
 
         def forward(self):
-            raise NotImplementedError
+            raise NotImplementedError  # TRL wraps it; it serves calls without fused_lm_head, of which there is none
 
         def base_model(self, hidden, use_cache):
             return SimpleNamespace(last_hidden_state=hidden)
