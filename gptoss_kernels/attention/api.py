@@ -7,7 +7,7 @@ import torch
 from ..backends import DTYPES, check_triton, default_backend, names
 from .reference import attention_reference
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "reference", "fa4")
 HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
@@ -41,8 +41,9 @@ def flash_attention(
         key_padding_mask: (batch, kv_len) bool, True where a key is a real token; left, right or any other padding.
         return_lse: also return the log-sum-exp of each row, sink included.
         backend: "triton"; "reference" (plain PyTorch, quadratic memory); "auto": triton on a GPU, and on the CPU
-            under TRITON_INTERPRET=1 for fp32 and fp16; otherwise reference. A backend asked for by name is used or
-            an error says why it cannot be.
+            under TRITON_INTERPRET=1 for fp32 and fp16; otherwise reference; "fa4": FlashAttention-4 (flash-attn-4
+            4.0.0b36 or newer) on a GPU of compute capability 9.x, 10.x or 11.x, for fp16 and bf16, head_dim 32 to 128,
+            no key_padding_mask. A backend asked for by name is used or an error says why it cannot be.
 
     Returns:
         out, shape and dtype of q, stored as (batch, q_len, q_heads, head_dim), so that
@@ -50,12 +51,15 @@ def flash_attention(
         (batch, q_heads, q_len) fp32, natural logarithm. A row with neither key nor sink gives 0 and -inf.
 
     Any strides with a unit last stride are read in place. Two calls with the same inputs give bitwise the same
-    results, forward and backward.
+    results, forward and backward. backend="fa4" reads strides in multiples of 16 bytes in place and copies others; its
+    gradients are bitwise the same only under torch.use_deterministic_algorithms(True); torch.compile leaves it out of
+    its graphs; and where a sink is more than 88 above all scores of a row, the lse that it returns is inf there.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, devices, values or a combination of arguments that this function does not define.
-        RuntimeError: backend="triton" where Triton cannot run.
+        ValueError: shapes, devices, values or a combination of arguments that this function, or the backend asked for,
+            does not define.
+        RuntimeError: backend="triton" where Triton cannot run, backend="fa4" where FlashAttention-4 cannot.
     """
     _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -66,6 +70,10 @@ def flash_attention(
         from .autograd import triton_attention  # decorates the kernels: not before the first launch
 
         out, lse = triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
+    elif backend == "fa4":
+        from .fa4 import fa4_attention
+
+        out, lse = fa4_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, return_lse)
     else:
         out, lse = attention_reference(
             q,

@@ -19,7 +19,10 @@ class ModelArguments(ModelConfig):
 
     attn_implementation: str = field(
         default="gptoss_triton",
-        metadata={"help": "Attention: gptoss_triton, or any name that Transformers knows. Packing needs an exact one."},
+        metadata={
+            "help": "Attention: gptoss_triton, gptoss_fa4 (FlashAttention-4, where it is installed, for rows without "
+            "padding), or any name that Transformers knows. Packing needs an exact one."
+        },
     )
     experts_implementation: str | None = field(
         default="gptoss_triton",

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
+from ..attention.fa4 import load_fa4
+from ..integrations.transformers import FA4_NAME, NAME
 from .config import Arguments, TrainingArguments
 from .errors import SetupError
 
@@ -48,12 +50,25 @@ def check_settings(arguments: Arguments) -> None:
     if (training.packing or training.eval_packing) and training.max_length is None:
         raise SetupError("max_length: expected the length of a packed row in tokens, got nothing")
     # Transformers' gpt-oss attends across packed documents under eager and flex.
-    exact = model.attn_implementation == "gptoss_triton" or "flash" in model.attn_implementation
+    exact = model.attn_implementation in (NAME, FA4_NAME) or "flash" in model.attn_implementation
     if joined and not exact:
         raise SetupError(
             f"attn_implementation: {model.attn_implementation!r} lets packed documents attend to each other; use "
             "'gptoss_triton', or set packing, eval_packing and padding_free to false"
         )
+    if model.attn_implementation == FA4_NAME:
+        evaluates = training.eval_strategy != "no" or training.eval_on_start
+        rows = max(training.per_device_train_batch_size, training.per_device_eval_batch_size if evaluates else 1)
+        if not joined and (rows > 1 or training.pad_to_multiple_of is not None):
+            raise SetupError(
+                f"attn_implementation: {FA4_NAME!r} has no padding mask, and rows would be padded; set packing or "
+                f"padding_free to true, per_device_train_batch_size and per_device_eval_batch_size to 1 and "
+                f"pad_to_multiple_of to null, or use {NAME!r}"
+            )
+        try:
+            load_fa4()
+        except RuntimeError as error:
+            raise SetupError(f"attn_implementation: {FA4_NAME!r}: {error}") from error
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")

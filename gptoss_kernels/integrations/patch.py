@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..backends import default_backend
-from .transformers import NAME, register
+from .transformers import FA4_NAME, NAME, register
 
 PARTS = ("attention", "experts", "rms_norm", "rope", "lora")
 
@@ -19,7 +19,7 @@ _original_rope: Callable | None = None
 def patch_gpt_oss(
     model: torch.nn.Module,
     *,
-    attention: bool = True,
+    attention: bool | str = True,
     experts: bool = True,
     rms_norm: bool = True,
     rope: bool = True,
@@ -30,7 +30,7 @@ def patch_gpt_oss(
     Args:
         model: a gpt-oss model of Transformers, bare or inside PEFT; changed in place. Patching it again changes the
             parts that are asked for now and leaves none of the earlier patch.
-        attention: attn_implementation="gptoss_triton".
+        attention: attn_implementation="gptoss_triton"; or a name, "gptoss_triton" or "gptoss_fa4".
         experts: experts_implementation="gptoss_triton".
         rms_norm: the norms in one kernel, forward and backward.
         rope: the rotary embedding of queries and keys in one kernel; one function serves all gpt-oss models of the
@@ -42,8 +42,12 @@ def patch_gpt_oss(
         model.
 
     Raises:
-        ValueError: model holds no gpt-oss.
+        ValueError: model holds no gpt-oss, or attention is another name.
     """
+    if attention is True:
+        attention = NAME
+    if attention not in (False, NAME, FA4_NAME):
+        raise ValueError(f"attention: expected True, False, {NAME!r} or {FA4_NAME!r}, got {attention!r}")
     from transformers.models.gpt_oss import modeling_gpt_oss as modeling
 
     base = _base(model, modeling)
@@ -52,7 +56,7 @@ def patch_gpt_oss(
     config = base.config
     _before[base] = {"attention": config._attn_implementation, "experts": config._experts_implementation}
     if attention:
-        base.set_attn_implementation(NAME)
+        base.set_attn_implementation(attention)
     if experts:
         base.set_experts_implementation(NAME)
     for module in model.modules():

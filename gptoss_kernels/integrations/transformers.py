@@ -1,5 +1,8 @@
 """gpt-oss attention inside Transformers: `attn_implementation="gptoss_triton"`, and patches for eager models.
 
+`attn_implementation="gptoss_fa4"` is the same through FlashAttention-4 (see `flash_attention`, backend="fa4"), which
+knows no padding: masks of ones are read as none, also while decoding token by token, and padding raises.
+
 Which tokens see each other, besides causality and the layer's window:
 
 1. `cu_seq_lens_q` and `cu_seq_lens_k` (TRL's collator, Transformers' DataCollatorWithFlattening) are the documents of a
@@ -33,9 +36,15 @@ from ..experts.api import fused_experts
 from .register import after_import
 
 NAME = "gptoss_triton"
+FA4_NAME = "gptoss_fa4"
 STATIC_CACHE = (
     'a static cache (cache_implementation="static" and its kin) holds keys that are not filled yet; use the default '
     "dynamic cache"
+)
+FA4_PADDING = (
+    f'attention_mask: attn_implementation="{FA4_NAME}" expected None or all ones, got padding, which FlashAttention-4 '
+    "cannot mask; pack the rows (packing or padding_free, cu_seq_lens_q and cu_seq_lens_k), generate for one prompt at "
+    f'a time, or use attn_implementation="{NAME}"'
 )
 DENSE_MASK = (
     "attention_mask: expected a dense mask of 0 and the dtype's minimum that means causality, the layer's window and "
@@ -60,6 +69,7 @@ def attention_forward(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    attend: Callable | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The attention function behind `attn_implementation="gptoss_triton"`, in Transformers' signature.
@@ -74,6 +84,7 @@ def attention_forward(
         s_aux: (q_heads,), the sinks.
         position_ids: (batch or 1, q_len).
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) integers, equal to each other.
+        attend: what computes it; default `gptoss_kernels.flash_attention`.
         kwargs: what Transformers passes besides; max_length_q and the like are not needed.
 
     Returns:
@@ -91,7 +102,7 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(device_type, enabled=False):
-        out = flash_attention(
+        out = (attend or flash_attention)(
             query,
             key,
             value,
@@ -102,6 +113,34 @@ def attention_forward(
             key_padding_mask=padding,
         )
     return out.transpose(1, 2), None
+
+
+def fa4_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function behind `attn_implementation="gptoss_fa4"`: `attention_forward` through FlashAttention-4.
+
+    Args, Returns: see `attention_forward`.
+
+    Raises:
+        ValueError: attention_mask hides a key, or a setting that cannot be followed exactly; the message names it.
+        RuntimeError, TypeError: FlashAttention-4 is not installed, or cannot compute on this GPU or in this dtype.
+    """
+    if attention_mask is not None:
+        _check_mask_shape(attention_mask, query.shape[0], key.shape[2])
+        if torch.compiler.is_compiling():
+            torch._assert_async(attention_mask.bool().all(), FA4_PADDING)
+        elif _once_a_forward(module, attention_mask, (None,), (), lambda: _read_padding(attention_mask, None)):
+            raise ValueError(FA4_PADDING)
+    attend = functools.partial(flash_attention, backend="fa4")
+    return attention_forward(module, query, key, value, None, scaling, dropout, attend=attend, **kwargs)
 
 
 def triton_flash_attention(
@@ -144,7 +183,7 @@ def padding_mask(
     use_vmap: bool = False,
     **kwargs,
 ) -> torch.Tensor | None:
-    """The mask function behind `attn_implementation="gptoss_triton"`: the padding mask cut to a layer's keys.
+    """The mask function behind "gptoss_triton" and "gptoss_fa4": the padding mask cut to a layer's keys.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset: sizes, and positions of the first query and key.
@@ -157,13 +196,14 @@ def padding_mask(
     Raises:
         ValueError: the pattern is not plain causal or sliding-window, the cache is static, or the mask is too short.
     """
+    name = getattr(kwargs.get("config"), "_attn_implementation", NAME)
     if use_vmap or "allow_is_bidirectional_skip" in kwargs or _is_union(mask_function):
         raise ValueError(
-            f'attn_implementation="{NAME}": expected causal or sliding-window attention, got a mask overlay '
+            f'attn_implementation="{name}": expected causal or sliding-window attention, got a mask overlay '
             "(or_mask_function, and_mask_function, block_sequence_ids) or bidirectional attention (is_causal=False)"
         )
     if isinstance(q_offset, torch.Tensor) or (attention_mask is None and q_offset + q_length != kv_offset + kv_length):
-        raise ValueError(f'attn_implementation="{NAME}": {STATIC_CACHE}')
+        raise ValueError(f'attn_implementation="{name}": {STATIC_CACHE}')
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
@@ -172,7 +212,7 @@ def padding_mask(
         )
     tokens = q_offset + q_length
     if kv_offset + kv_length != tokens and attention_mask.shape[1] == tokens:
-        raise ValueError(f'attn_implementation="{NAME}": {STATIC_CACHE}')
+        raise ValueError(f'attn_implementation="{name}": {STATIC_CACHE}')
     if kv_offset + kv_length != tokens or attention_mask.shape[1] < tokens:
         raise ValueError(
             f"attention_mask: expected (batch, {tokens}), a column for each token seen so far, cached ones included; "
@@ -233,13 +273,15 @@ def experts_forward(
 
 
 def register() -> None:
-    """Registers "gptoss_triton" with Transformers' attention, mask and experts interfaces."""
+    """Registers "gptoss_triton" with Transformers' attention, mask and experts interfaces, "gptoss_fa4" with two."""
     from transformers.integrations.moe import ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, padding_mask)
+    AttentionInterface.register(FA4_NAME, fa4_attention_forward)
+    AttentionMaskInterface.register(FA4_NAME, padding_mask)
     ExpertsInterface.register(NAME, experts_forward)
 
 
