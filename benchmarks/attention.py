@@ -1,17 +1,21 @@
 """Attention at gpt-oss's shapes: forward and backward time and peak memory, ours beside the other implementations.
 
     python benchmarks/attention.py --contenders ours,flex,cudnn,fa4,fla,eager --lengths 4096,8192,16384,32768
+    python benchmarks/attention.py --documents 1,4,16,64,16u      # one length packed as so many documents as well
 
 One batch row, N(0, 1) inputs stored as (batch, tokens, heads, head_dim), as a model's projections leave them. Times are
 GPU times of single calls; the backward pass is forward + backward less forward. Peak memory is what one forward and
 backward pass allocates on top of its inputs: outputs and gradients included. Ours is timed only if it agrees with an
-fp64 reference; for the others the same error is measured and stored. Rows are appended to a CSV file as they come.
+fp64 reference, packed as it will be; for the others the same error is measured and stored. Rows are appended to a CSV
+file as they come; attention_figures.py turns them into rates and ratios.
 """
 
 import argparse
 import functools
 import gc
+import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +23,14 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks import attention_figures as figures
 from benchmarks import harness
 from gptoss_kernels import flash_attention
 from gptoss_kernels.attention.reference import attention_reference
 
-# (q, k, v, sinks, window) -> out, all (batch, heads, tokens, head_dim); sinks (heads,); window an int or None.
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
+# (q, k, v, sinks, window, lengths) -> out, all (1, heads, tokens, head_dim); sinks (heads,); window an int or None;
+# lengths of the documents that the tokens are packed as, one or more.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int | None, tuple[int, ...]], torch.Tensor]
 
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 # Largest relative error, ‖x − reference‖ / ‖reference‖, with which ours may be timed.
@@ -34,21 +40,26 @@ LIMITS = {
     torch.float32: dict.fromkeys(NAMES, 1e-5),
 }
 COLUMNS = (
-    *("contender", "package", "tokens", "window", "forward_ms", "forward_p20_ms", "forward_p80_ms"),
+    *("contender", "package", "tokens", "window", "documents", "forward_ms", "forward_p20_ms", "forward_p80_ms"),
     *("backward_ms", "total_ms", "total_p20_ms", "total_p80_ms", "peak_extra_gib", "max_relative_error"),
     *("dtype", "heads", "kv_heads", "head_dim", "gpu", "torch", "triton", "transformers", "date", "commit"),
 )
-SHOWN = ("contender", "tokens", "window", "forward_ms", "backward_ms", "total_ms", "peak_extra_gib")
+RATES = tuple(f"{part}_{unit}" for unit in ("tflops", "gbs") for part in figures.PARTS)
+SHOWN = (
+    *("contender", "tokens", "window", "documents", "forward_ms", "backward_ms", "total_ms", "predicted_ms"),
+    *(*RATES, "peak_extra_gib"),
+)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """load() -> Attend, raising where it cannot run; package: its distribution; what it has of sinks and windows."""
+    """load() -> Attend, raising where it cannot run; package: its distribution; has it sinks, windows, packing?"""
 
     load: Callable[[torch.device], Attend]
     package: str
     sinks: bool = True
     windows: bool = True
+    packing: bool = True
     max_tokens: int | None = None
 
 
@@ -56,21 +67,43 @@ class Unavailable(Exception):
     """Why a contender cannot run here."""
 
 
+@functools.cache
+def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+    """(documents + 1,) int32; None for one document."""
+    if len(lengths) == 1:
+        return None
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+@functools.cache
+def document_of_token(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(tokens,) int64."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+
+
 def load_ours(device: torch.device) -> Attend:
     backend = "triton" if device.type == "cuda" else "auto"
-    return lambda q, k, v, sinks, window: flash_attention(q, k, v, sinks, sliding_window=window, backend=backend)
+
+    def attend(q, k, v, sinks, window, lengths):
+        ends = cu_seqlens(lengths, device)
+        return flash_attention(q, k, v, sinks, sliding_window=window, cu_seqlens=ends, backend=backend)
+
+    return attend
 
 
 def load_flex(device: torch.device) -> Attend:
     _need_cuda(device)
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    torch._dynamo.config.recompile_limit = 64  # one compilation a length and window
+    torch._dynamo.config.recompile_limit = 64  # one compilation a length and window, one more if packed
 
     @functools.cache
-    def block_mask(tokens: int, window: int | None):
+    def block_mask(lengths: tuple[int, ...], window: int | None):
+        tokens, packed, document = sum(lengths), len(lengths) > 1, document_of_token(lengths, device)
+
         def allowed(batch, head, query, key):
-            return query >= key if window is None else (query >= key) & (query - key < window)
+            seen = query >= key if window is None else (query >= key) & (query - key < window)
+            return seen & (document[query] == document[key]) if packed else seen
 
         return create_block_mask(allowed, None, None, tokens, tokens, device=device)
 
@@ -80,14 +113,14 @@ def load_flex(device: torch.device) -> Attend:
         keep = torch.sigmoid(aux.lse - sinks.float()[None, :, None])
         return (out.float() * keep[..., None]).to(q.dtype)
 
-    return lambda q, k, v, sinks, window: with_sinks(q, k, v, sinks, block_mask(q.shape[2], window))
+    return lambda q, k, v, sinks, window, lengths: with_sinks(q, k, v, sinks, block_mask(lengths, window))
 
 
 def load_cudnn(device: torch.device) -> Attend:
     _need_cuda(device)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def attend(q, k, v, sinks, window):
+    def attend(q, k, v, sinks, window, lengths):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -96,13 +129,20 @@ def load_cudnn(device: torch.device) -> Attend:
 
 def load_fa4(device: torch.device) -> Attend:
     _need_cuda(device)
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    def attend(q, k, v, sinks, window):
+    def attend(q, k, v, sinks, window, lengths):
         reach = (None, None) if window is None else (window - 1, 0)
+        how = {"causal": True, "window_size": reach, "learnable_sink": sinks}
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = flash_attn_func(q, k, v, causal=True, window_size=reach, learnable_sink=sinks)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+        ends = cu_seqlens(lengths, device)
+        if ends is None:
+            out = flash_attn_func(q, k, v, **how)
+        else:  # packed tensors have no batch dimension
+            how |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ends)
+            how |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(lengths))
+            out = flash_attn_varlen_func(q[0], k[0], v[0], **how)
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape).transpose(1, 2)
 
     return attend
 
@@ -111,9 +151,10 @@ def load_fla(device: torch.device) -> Attend:
     _need_cuda(device)
     from fla.ops.attn.parallel import parallel_attn
 
-    def attend(q, k, v, sinks, window):
+    def attend(q, k, v, sinks, window, lengths):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return parallel_attn(q, k, v, window_size=window, sink_bias=sinks).transpose(1, 2)
+        ends = cu_seqlens(lengths, device)
+        return parallel_attn(q, k, v, window_size=window, sink_bias=sinks, cu_seqlens=ends).transpose(1, 2)
 
     return attend
 
@@ -122,18 +163,19 @@ def load_eager(device: torch.device) -> Attend:
     from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
     @functools.lru_cache(maxsize=1)
-    def mask(tokens: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def mask(lengths: tuple[int, ...], window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        tokens, document = sum(lengths), document_of_token(lengths, device)
         allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
         if window is not None:
             allowed = allowed.triu(1 - window)
+        if len(lengths) > 1:
+            allowed &= document[:, None] == document
         bias = torch.zeros(1, 1, tokens, tokens, dtype=dtype, device=device)
         return bias.masked_fill_(~allowed, torch.finfo(dtype).min)
 
-    def attend(q, k, v, sinks, window):
+    def attend(q, k, v, sinks, window, lengths):
         module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], sinks=sinks, training=True)
-        out, _ = eager_attention_forward(
-            module, q, k, v, mask(q.shape[2], window, q.dtype), scaling=q.shape[-1] ** -0.5
-        )
+        out, _ = eager_attention_forward(module, q, k, v, mask(lengths, window, q.dtype), scaling=q.shape[-1] ** -0.5)
         return out.transpose(1, 2)
 
     return attend
@@ -147,7 +189,7 @@ def _need_cuda(device: torch.device) -> None:
 CONTENDERS = {
     "ours": Contender(load_ours, "gptoss-kernels"),
     "flex": Contender(load_flex, "torch"),
-    "cudnn": Contender(load_cudnn, "torch", sinks=False, windows=False),
+    "cudnn": Contender(load_cudnn, "torch", sinks=False, windows=False, packing=False),
     "fa4": Contender(load_fa4, "flash-attn-4"),
     "fla": Contender(load_fla, "fla-core"),
     "eager": Contender(load_eager, "transformers", max_tokens=8192),
@@ -169,27 +211,54 @@ def make_inputs(tokens: int, options: argparse.Namespace, seed: int) -> tuple[to
     return *(leaf.requires_grad_() for leaf in leaves), draw_heads(heads)
 
 
-def run(contender: Contender, attend: Attend, inputs: tuple[torch.Tensor, ...], window: int | None):
+@dataclass(frozen=True)
+class Case:
+    """One layer on one input: tokens, window (None: a full layer), and documents as --documents names them."""
+
+    tokens: int
+    window: int | None
+    documents: str = "1"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return figures.document_lengths(self.tokens, self.documents)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, window {self.window}, documents {self.documents}"
+
+    def lacking(self, contender: Contender) -> str | None:
+        """Why a contender cannot have this case; None: it can."""
+        if self.window is not None and not contender.windows:
+            return "it has no windows"
+        if self.documents != "1" and not contender.packing:
+            return "it has no packing"
+        if self.tokens > (contender.max_tokens or self.tokens):
+            return f"its limit is {contender.max_tokens} tokens"
+        return None
+
+
+def run(contender: Contender, attend: Attend, inputs: tuple[torch.Tensor, ...], case: Case):
     """out and the gradients of q, k, v and, where the contender has sinks, sinks."""
     *leaves, grad = inputs
-    out = attend(*leaves, window)
+    out = attend(*leaves, case.window, case.lengths)
     return out, *torch.autograd.grad(out, leaves if contender.sinks else leaves[:3], grad)
 
 
 def relative_errors(
-    contender: Contender, attend: Attend, inputs: tuple[torch.Tensor, ...], window: int | None
+    contender: Contender, attend: Attend, inputs: tuple[torch.Tensor, ...], case: Case
 ) -> dict[str, float]:
     """Relative error of out, dq, dk, dv (and dsinks) against fp64, one kv head's group at a time to bound memory."""
     q, k, v, sinks, grad = inputs
     group = q.shape[1] // k.shape[1]
-    got = run(contender, attend, inputs, window)
+    got = run(contender, attend, inputs, case)
     errors, sizes = [0.0] * len(got), [0.0] * len(got)
     for head in range(k.shape[1]):
         heads, kv = slice(head * group, (head + 1) * group), slice(head, head + 1)
         parts = (q[:, heads], k[:, kv], v[:, kv], sinks[heads])
         exact = [x.detach().double().requires_grad_() for x in parts]
         used = exact if contender.sinks else [*exact[:3], None]
-        out, _ = attention_reference(*used, sliding_window=window)
+        ends = cu_seqlens(case.lengths, q.device)
+        out, _ = attention_reference(*used, sliding_window=case.window, cu_seqlens=ends)
         expected = out, *torch.autograd.grad(out, exact[: len(got) - 1], grad[:, heads].double())
         for i, want in enumerate(expected):
             # out and dq have query heads, dk and dv kv heads; dsinks is a vector of query heads.
@@ -217,50 +286,53 @@ def load_contenders(options: argparse.Namespace) -> dict[str, Attend]:
     return loaded
 
 
-def check_contenders(loaded: dict[str, Attend], options: argparse.Namespace) -> dict[tuple[str, int | None], float]:
-    """(name, window) -> largest relative error at --check-tokens; drops those that fail to run.
+def check_contenders(
+    loaded: dict[str, Attend], options: argparse.Namespace
+) -> dict[tuple[str, int | None, str], float]:
+    """(name, window, documents) -> largest relative error at --check-tokens; without those that fail to run.
 
     Raises:
         SystemExit: ours is over its limit.
     """
     worst = {}
     inputs = make_inputs(options.check_tokens, options, seed=0)
-    for name, attend in list(loaded.items()):
-        for window in options.windows:
-            if window is not None and not CONTENDERS[name].windows:
-                continue
-            try:
-                errors = relative_errors(CONTENDERS[name], attend, inputs, window)
-            except Exception as error:  # a contender that does not run here must not end the others' measurement
-                if name == "ours":
-                    raise
-                print(f"{name}: skipped, {_first_line(error)}")
-                del loaded[name]
-                break
-            shown = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
-            print(f"{name}: relative error at {options.check_tokens} tokens, window {window}: {shown}")
-            if name == "ours" and (over := over_limit(errors, options.dtype)):
-                raise SystemExit(f"ours is wrong and is not timed: window {window}: {', '.join(over)}")
-            worst[name, window] = max(errors.values())
+    for name, attend in loaded.items():
+        contender = CONTENDERS[name]
+        for documents in options.documents:
+            for window in options.windows:
+                case = Case(options.check_tokens, window, documents)
+                if why := case.lacking(contender):
+                    print(f"{name}: {case}: left out, {why}")
+                    continue
+                try:
+                    errors = relative_errors(contender, attend, inputs, case)
+                except Exception as error:  # a contender that does not run here must not end the others' measurement
+                    if name == "ours":
+                        raise
+                    print(f"{name}: {case}: skipped, {_first_line(error)}")
+                    continue
+                shown = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
+                print(f"{name}: {case}: relative error {shown}")
+                if name == "ours" and (over := over_limit(errors, options.dtype)):
+                    raise SystemExit(f"ours is wrong and is not timed: {case}: {', '.join(over)}")
+                worst[name, window, documents] = max(errors.values())
     return worst
 
 
-def measure(
-    loaded: dict[str, Attend], tokens: int, window: int | None, options: argparse.Namespace
-) -> dict[str, dict[str, float | None]]:
-    """name -> forward, backward, total times and peak memory of every contender that takes this length and window."""
-    sets = [make_inputs(tokens, options, seed) for seed in range(3)]
+def measure(loaded: dict[str, Attend], case: Case, options: argparse.Namespace) -> dict[str, dict[str, float | None]]:
+    """name -> forward, backward, total times and peak memory of every contender that takes this case."""
+    sets = [make_inputs(case.tokens, options, seed) for seed in range(3)]
     calls, peaks = {}, {}
     for name, attend in loaded.items():
         contender = CONTENDERS[name]
-        if (window is not None and not contender.windows) or tokens > (contender.max_tokens or tokens):
+        if case.lacking(contender):
             continue
 
         def forward(n, attend=attend):
-            attend(*sets[n % len(sets)][:4], window)
+            attend(*sets[n % len(sets)][:4], case.window, case.lengths)
 
         def total(n, contender=contender, attend=attend):
-            run(contender, attend, sets[n % len(sets)], window)
+            run(contender, attend, sets[n % len(sets)], case)
 
         try:
             total(0)
@@ -268,7 +340,7 @@ def measure(
         except Exception as error:  # as in check_contenders; running out of memory is what eager does
             if name == "ours":
                 raise
-            print(f"{name}: {tokens} tokens, window {window}: no row, {_first_line(error)}")
+            print(f"{name}: {case}: no row, {_first_line(error)}")
             continue
         calls[name, "forward"], calls[name, "total"] = forward, total
     times = harness.time_interleaved(calls, options.device, rounds=options.rounds)
@@ -290,6 +362,29 @@ def measure(
     return results
 
 
+def report(rows: list[dict]) -> str:
+    """What a run says at its end: times and rates, and how the others' times compare with ours."""
+    shown = []
+    for row in rows:
+        rates = [rate(row, part) for rate in (figures.tflops, figures.gbs) for part in figures.PARTS]
+        predicted = None if row["documents"] == "1" else figures.predicted_ms(row, rows)
+        shown.append(row | dict(zip(RATES, map(round, rates), strict=True)) | {"predicted_ms": predicted})
+    lines = [
+        "tflops: of visible pairs; gbs: of the least bytes; predicted_ms: a packed row's total if it followed the "
+        "visible pairs (full layers: the sum of squares)",
+        harness.table(SHOWN, shown),
+    ]
+    times = figures.layer_times(figures.comparable(rows))
+    for (tokens, layer), contenders in times.items():
+        if ours := contenders.get("ours"):
+            others = [f"{time / ours:.2f}x {name}" for name, time in contenders.items() if name != "ours"]
+            lines.append(f"{tokens} tokens, {layer}, forward + backward: ours {ours:.3f} ms; {', '.join(others)}")
+    for layer, found in figures.ratios(times).items():
+        span = ", ".join(f"{least:.2f}-{most:.2f}x {name}" for name, (least, most) in found.items())
+        lines.append(f"{layer}, all lengths: {span}")
+    return "\n".join(lines)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; exits with a message that names what is wrong."""
     parser = argparse.ArgumentParser(
@@ -299,6 +394,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--contenders", default=",".join(CONTENDERS), help="of " + ", ".join(CONTENDERS))
     add("--lengths", default="4096,8192,16384,32768", help="tokens")
     add("--windows", default="0,128", help="keys kept; 0 is a full layer")
+    add("--documents", default="1", help="documents that the tokens are packed as: 4, or 4u for unequal ones")
+    add("--packed-tokens", type=int, default=16384, help="the one of --lengths that is measured packed as well")
     add("--output", type=Path, default=Path(__file__).parent / "results" / "attention.csv", help="rows go here")
     add("--device", default="cuda", help="cuda, or cpu to try the script without a GPU")
     add("--dtype", help="bfloat16, float16 or float32; default bfloat16 on a GPU, float32 on a CPU")
@@ -323,6 +420,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--contenders: expected some of {', '.join(CONTENDERS)}, got {', '.join(map(repr, unknown))}")
     options.lengths = integers("--lengths", options.lengths, 1)
     options.windows = [window or None for window in integers("--windows", options.windows, 0)]
+    options.documents = options.documents.split(",")
+    for documents in options.documents:
+        if not re.fullmatch(r"[1-9]\d*|[1-9]\d*u", documents) or documents == "1u":
+            parser.error(f"--documents: expected integers >= 1, or >= 2 with a u after them, got {documents!r}")
+        if int(documents.removesuffix("u")) > options.check_tokens:
+            parser.error(f"--documents: expected at most --check-tokens {options.check_tokens}, got {documents!r}")
+    if options.documents != ["1"] and options.packed_tokens not in options.lengths:
+        parser.error(f"--packed-tokens: expected one of --lengths {options.lengths}, got {options.packed_tokens}")
     if options.device not in ("cuda", "cpu"):
         parser.error(f"--device: expected cuda or cpu, got {options.device!r}")
     options.device = torch.device(options.device)
@@ -345,33 +450,44 @@ def main(arguments: list[str] | None = None) -> None:
     loaded = load_contenders(options)
     worst = check_contenders(loaded, options)
     rows = []
-    for tokens in options.lengths:
-        for window in options.windows:
-            gc.collect()
-            new = []
-            for name, result in measure(loaded, tokens, window, options).items():
-                package = CONTENDERS[name].package
-                new.append(
-                    {
-                        "contender": name,
-                        "package": f"{package} {harness.version(package) or ''}".strip(),
-                        "tokens": tokens,
-                        "window": window or 0,
-                        **result,
-                        "max_relative_error": worst[name, window],
-                        "dtype": str(options.dtype).removeprefix("torch."),
-                        "heads": options.heads,
-                        "kv_heads": options.kv_heads,
-                        "head_dim": options.head_dim,
-                        **origin,
-                    }
-                )
-            harness.append_rows(options.output, COLUMNS, [_rounded(row) for row in new])
-            rows += new
-            print(
-                f"{tokens} tokens, window {window}: {', '.join(row['contender'] for row in new) or 'none'}", flush=True
+    for case in cases(options):
+        gc.collect()
+        start, new = time.perf_counter(), []
+        checked = {name: loaded[name] for name in loaded if (name, case.window, case.documents) in worst}
+        for name, result in measure(checked, case, options).items():
+            package = CONTENDERS[name].package
+            new.append(
+                {
+                    "contender": name,
+                    "package": f"{package} {harness.version(package) or ''}".strip(),
+                    "tokens": case.tokens,
+                    "window": case.window or 0,
+                    "documents": case.documents,
+                    **result,
+                    "max_relative_error": worst[name, case.window, case.documents],
+                    "dtype": str(options.dtype).removeprefix("torch."),
+                    "heads": options.heads,
+                    "kv_heads": options.kv_heads,
+                    "head_dim": options.head_dim,
+                    **origin,
+                }
             )
-    print(f"\n{harness.table(SHOWN, rows)}\n\n{len(rows)} rows appended to {options.output}")
+        harness.append_rows(options.output, COLUMNS, [_rounded(row) for row in new])
+        rows += new
+        names, seconds = ", ".join(row["contender"] for row in new) or "none", time.perf_counter() - start
+        print(f"{case}: {names} ({seconds:.0f} s)", flush=True)
+    print(f"\n{report(rows)}\n\n{len(rows)} rows appended to {options.output}")
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Every length as one document if --documents has 1, --packed-tokens as the others too; each with every window."""
+    return [
+        Case(tokens, window, documents)
+        for tokens in options.lengths
+        for documents in options.documents
+        if documents == "1" or tokens == options.packed_tokens
+        for window in options.windows
+    ]
 
 
 def _first_line(error: Exception) -> str:

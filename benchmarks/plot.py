@@ -1,4 +1,4 @@
-"""Draws the newest GPU rows of benchmarks/results: attention.png, train_step.png, train_step_parts.png, sft_tiny.png.
+"""Draws the newest GPU rows of benchmarks/results: attention.png, attention_roofline.png, train_step.png, …
 
 python -m benchmarks.plot
 """
@@ -8,38 +8,111 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from benchmarks import attention_figures as figures
 from benchmarks import harness
 from benchmarks.readme import ATTENTION, LABELS, TRAIN_STEP, VARIANTS
 from gptoss_kernels.course import plots
 
+# TFLOP/s of dense bf16 matrix products and GB/s of memory, from NVIDIA's data sheet (it gives 1,979 TFLOP/s with
+# sparsity, twice the dense rate): https://www.nvidia.com/en-us/data-center/h100/, column H100 SXM.
+CEILINGS = {"NVIDIA H100 80GB HBM3": (989, 3350)}
+COLOURS = dict(zip(LABELS, plots.OKABE_ITO, strict=False))
+SHORT = LABELS | {"cudnn": "cuDNN, no sinks", "fla": "flash-linear-attn.", "eager": "Transformers\neager"}
 
-def draw(rows: list[dict[str, str]]):
-    """The figure: a panel a window, a curve a contender, for the GPU of the last row.
+
+def newest_attention(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The newest one-document rows of the GPU, dtype and head shape that the last GPU row has.
 
     Raises:
         ValueError: no row was taken on a GPU.
     """
-    rows = [row for row in rows if not row["gpu"].startswith("none")]
+    rows = [row for row in rows if not row["gpu"].startswith("none") and row["documents"] == "1"]
     if not rows:
         raise ValueError("rows: expected at least one taken on a GPU, got none")
-    gpu = rows[-1]["gpu"]
-    newest = {(int(r["window"]), r["contender"], int(r["tokens"])): r for r in rows if r["gpu"] == gpu}
-    windows = sorted({window for window, _, _ in newest})
+    return figures.settings(rows)[tuple(rows[-1][key] for key in figures.SETTING)]
+
+
+def draw(rows: list[dict[str, str]]):
+    """The figure: forward + backward time against length, a panel a window, a labelled curve a contender.
+
+    Raises:
+        ValueError: no row was taken on a GPU.
+    """
+    rows = newest_attention(rows)
+    windows = sorted({int(row["window"]) for row in rows})
     plots.style()
-    figure, axes = plt.subplots(1, len(windows), figsize=(4.5 * len(windows), 4.0), squeeze=False)
+    plt.rcParams["font.size"] = 13  # to be read where a phone shows the picture 5 cm high
+    figure, axes = plt.subplots(1, len(windows), figsize=(4.4 * len(windows), 5.8), squeeze=False, sharey=True)
     for ax, window in zip(axes[0], windows, strict=True):
-        for (name, label), colour, marker in zip(LABELS.items(), plots.OKABE_ITO, "osD^vX", strict=False):
-            points = sorted((t, float(r["total_ms"])) for (w, n, t), r in newest.items() if (w, n) == (window, name))
+        ends = []
+        for (name, label), marker in zip(SHORT.items(), "osD^vX", strict=True):
+            points = sorted(
+                (int(row["tokens"]), float(row["total_ms"]))
+                for row in rows
+                if (row["contender"], int(row["window"])) == (name, window)
+            )
             if points:
-                ax.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle="-", label=label)
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms")
+                width = 3.5 if name == "ours" else 1.8
+                look = {"color": COLOURS[name], "marker": marker, "linestyle": "-", "linewidth": width}
+                ax.plot(*zip(*points, strict=True), **look)
+                ends.append((*points[-1], label, COLOURS[name], name == "ours"))
+        ax.set(xscale="log", yscale="log", xlabel="tokens")
         ax.set_title(f"window {window}" if window else "full layer")
-        ticks = sorted({tokens for w, _, tokens in newest if w == window})
-        ax.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+        ticks = sorted({int(row["tokens"]) for row in rows})
+        ax.set_xticks(ticks, [f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}" for tokens in ticks])
         ax.minorticks_off()
-    curves = {line.get_label(): line for ax in figure.axes for line in ax.lines}
-    figure.legend(curves.values(), curves.keys(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"{gpu}, {rows[-1]['date']}")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _label_ends(ax, ends, gap=1.4)
+    axes[0][0].set_ylabel("forward + backward, ms")
+    figure.suptitle(f"{rows[-1]['gpu']}, {rows[-1]['date']}")
+    return figure
+
+
+def _label_ends(ax, ends: list[tuple[float, float, str, str, bool]], gap: float) -> None:
+    """Names curves at their ends (x, y, label, colour, bold), at least a factor `gap` apart where they end together."""
+    last = max(x for x, *_ in ends)
+    for x in sorted({x for x, *_ in ends}):
+        group = sorted(end for end in ends if end[0] == x)
+        places = [y for _, y, *_ in group]
+        for index in range(1, len(places)):
+            places[index] = max(places[index], places[index - 1] * gap)
+        middle = (places[-1] * places[0] / group[-1][1] / group[0][1]) ** 0.5  # as far up as down
+        for (_, y, label, colour, bold), place in zip(group, places, strict=True):
+            how = dict(color="black", weight="bold" if bold else "normal", va="center", annotation_clip=False)
+            ax.annotate(label, (x, y), (x * 1.3, place / middle), arrowprops=dict(arrowstyle="-", color=colour), **how)
+    ax.set_xlim(right=last * 1.15)
+
+
+def draw_roofline(rows: list[dict[str, str]]):
+    """The figure: what full and windowed layers reach, beside the two ceilings of the GPU.
+
+    Raises:
+        ValueError: no row was taken on a GPU, or that GPU's ceilings are not known here.
+    """
+    rows = newest_attention(rows)
+    gpu = rows[-1]["gpu"]
+    if gpu not in CEILINGS:
+        raise ValueError(f"rows: expected the last one to be of {', '.join(CEILINGS)}, got {gpu!r}")
+    compared = ("ours", "flex", "fa4")
+    points = [
+        {
+            "contender": LABELS[row["contender"]],
+            "pass": part,
+            "layer": f"window {row['window']}" if int(row["window"]) else "full layer",
+            "tokens": int(row["tokens"]),
+            "intensity": figures.intensity(row, part),
+            "tflops": figures.tflops(row, part),
+        }
+        for part in ("forward", "backward")
+        for row in rows
+        if row["contender"] in compared
+    ]
+    plots.style()
+    plt.rcParams["font.size"] = 13
+    figure, ax = plt.subplots(figsize=(7.5, 6.0))
+    colours = {LABELS[name]: COLOURS[name] for name in compared}
+    plots.attention_roofline(ax, *CEILINGS[gpu], points, colours)
+    ax.set_title(f"{gpu}, {rows[-1]['date']}")
     return figure
 
 
@@ -111,7 +184,9 @@ def draw_losses(folder: Path):
 
 
 def main() -> None:
-    draw(harness.read_rows(ATTENTION)).savefig(ATTENTION.with_suffix(".png"), dpi=150)
+    attention = harness.read_rows(ATTENTION)
+    draw(attention).savefig(ATTENTION.with_suffix(".png"), dpi=150)
+    draw_roofline(attention).savefig(ATTENTION.with_name("attention_roofline.png"), dpi=150)
     rows = [row for row in harness.read_rows(TRAIN_STEP) if row["training"] == "lora"]
     draw_train_step(rows).savefig(TRAIN_STEP.with_suffix(".png"), dpi=150)
     draw_losses(TRAIN_STEP.with_name("sft_tiny")).savefig(TRAIN_STEP.with_name("sft_tiny.png"), dpi=150)

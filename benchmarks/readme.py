@@ -5,6 +5,7 @@ python -m benchmarks.readme
 
 from pathlib import Path
 
+from benchmarks import attention_figures as figures
 from benchmarks import harness
 
 ROOT = Path(__file__).parent.parent
@@ -31,38 +32,114 @@ VARIANTS = {
 
 
 def attention_tables(rows: list[dict[str, str]]) -> str:
-    """Markdown: one table a GPU, dtype and head shape, from the newest row of each contender, length and window.
+    """Markdown: a section a GPU, dtype and head shape, from the newest row of each contender and case.
 
-    Rows taken on a CPU are left out.
+    Ratios and predictions compare rows of one run alone (`figures.comparable`). Rows taken on a CPU are left out.
     """
-    newest = {}
-    setting = ("gpu", "dtype", "heads", "kv_heads", "head_dim")
-    for row in rows:  # in the order of measurement: later rows replace earlier ones
-        if not row["gpu"].startswith("none"):
-            place = int(row["window"]), int(row["tokens"]), row["contender"]
-            newest.setdefault(tuple(row[key] for key in setting), {})[place] = row
-    if not newest:
+    rows = [row for row in rows if not row["gpu"].startswith("none")]
+    if not rows:
         return "No measurement has been recorded yet: `python benchmarks/attention.py` on a GPU appends its rows."
 
-    tables = []
-    for (gpu, dtype, heads, kv_heads, head_dim), cells in newest.items():
-        contenders = [name for name in LABELS if any(place[2] == name for place in cells)]
-        lines = [f"| tokens | layer | {' | '.join(LABELS[name] for name in contenders)} |"]
-        lines.append("|---" * (2 + len(contenders)) + "|")
-        for window, tokens in sorted({place[:2] for place in cells}):
-            texts = [_cell(cells.get((window, tokens, name))) for name in contenders]
-            layer = f"window {window}" if window else "full"
-            lines.append(f"| {tokens:,} | {layer} | {' | '.join(texts)} |")
-        used = list(cells.values())
+    parts = []
+    for setting, used in figures.settings(rows).items():
+        run = figures.comparable(row for row in rows if tuple(row[key] for key in figures.SETTING) == setting)
+        gpu, dtype, heads, kv_heads, head_dim = setting
+        parts.append(
+            f"{gpu}, {dtype}, {heads} query and {kv_heads} key/value heads of {head_dim}, batch 1. Milliseconds "
+            "forward / backward, and peak extra memory of the two together, in GiB; in **bold** forward + backward of "
+            "one full and one windowed layer, what gpt-oss alternates."
+        )
+        parts.append(_times_table([row for row in used if row["documents"] == "1"], figures.layer_times(run)))
+        parts += [_ratio_table(figures.ratios(figures.layer_times(run))), _rates_table(used), _documents_table(used)]
         versions = [f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers")]
         versions += sorted({row["package"] for row in used if row["contender"] in ("fa4", "fla")})
-        head = (
-            f"{gpu}, {dtype}, {heads} query and {kv_heads} key/value heads of {head_dim}, batch 1. Milliseconds "
-            "forward / backward, and peak extra memory of the two together, in GiB."
+        parts.append(
+            f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {', '.join(versions)}."
         )
-        foot = f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {', '.join(versions)}."
-        tables.append("\n\n".join((head, "\n".join(lines), foot)))
-    return "\n\n".join(tables)
+    parts.append(
+        "![attention under the H100's ceilings of memory and arithmetic](benchmarks/results/attention_roofline.png)"
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _times_table(used: list[dict[str, str]], times: dict) -> str:
+    """Every contender's times by length and layer; both layers together from `times`, the rows of one run."""
+    cells = {(int(row["window"]), int(row["tokens"]), row["contender"]): row for row in used}
+    contenders = _present(row["contender"] for row in used)
+    lines = [f"| tokens | layer | {' | '.join(LABELS[name] for name in contenders)} |"]
+    lines.append("|---" * (2 + len(contenders)) + "|")
+    for window, tokens in sorted({place[:2] for place in cells}):
+        texts = [_cell(cells.get((window, tokens, name))) for name in contenders]
+        layer = f"window {window}" if window else "full"
+        lines.append(f"| {tokens:,} | {layer} | {' | '.join(texts)} |")
+    for (tokens, layer), found in times.items():
+        if "+" in layer:
+            texts = [f"**{found[name]:.2f}**" if name in found else "–" for name in contenders]
+            lines.append(f"| {tokens:,} | {layer} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _ratio_table(ratios: dict[str, dict[str, tuple[float, float]]]) -> str:
+    contenders = _present(name for found in ratios.values() for name in found)
+    if not contenders:
+        return ""
+    lines = [
+        "Their forward + backward time over that of gptoss_kernels in the same run, least to most over the lengths:\n",
+        f"| layer | {' | '.join(LABELS[name] for name in contenders)} |",
+        "|---" * (1 + len(contenders)) + "|",
+    ]
+    for layer, found in ratios.items():
+        spans = ["{:.2f}× to {:.2f}×".format(*found[name]) if name in found else "–" for name in contenders]
+        lines.append(f"| {layer} | {' | '.join(spans)} |")
+    return "\n".join(lines)
+
+
+def _rates_table(used: list[dict[str, str]]) -> str:
+    """What the times of ours amount to."""
+    ours = [row for row in used if row["contender"] == "ours" and row["documents"] == "1"]
+    if not ours:
+        return ""
+    lines = [
+        "What gptoss_kernels reaches, forward / backward: TFLOP/s over the visible pairs (a backward pass has 2.5 "
+        "times the FLOPs of a forward pass), and GB/s if each input is read once and each output written once:\n",
+        "| tokens | layer | TFLOP/s | GB/s |",
+        "|---|---|---|---|",
+    ]
+    for row in sorted(ours, key=lambda row: (int(row["window"]), int(row["tokens"]))):
+        layer = f"window {row['window']}" if int(row["window"]) else "full"
+        rates = [
+            " / ".join(f"{rate(row, part):,.0f}" for part in ("forward", "backward"))
+            for rate in (figures.tflops, figures.gbs)
+        ]
+        lines.append(f"| {int(row['tokens']):,} | {layer} | {' | '.join(rates)} |")
+    return "\n".join(lines)
+
+
+def _documents_table(used: list[dict[str, str]]) -> str:
+    """Packed documents: the time measured, and what the visible pairs predict from the one-document row."""
+    packed = [row for row in used if row["documents"] != "1"]
+    if not packed:
+        return ""
+    contenders = _present(row["contender"] for row in packed)
+    lines = [
+        "Packed documents, forward + backward: measured ms (in parentheses what the time of one document predicts by "
+        "the visible pairs: in full layers the sum of the squares of the lengths):\n",
+        f"| tokens | documents | layer | {' | '.join(LABELS[name] for name in contenders)} |",
+        "|---" * (3 + len(contenders)) + "|",
+    ]
+    cells = {(int(r["tokens"]), int(r["window"]), r["documents"], r["contender"]): r for r in packed}
+    places = {place[:3] for place in cells}
+    for tokens, window, documents in sorted(places, key=lambda x: (x[0], x[1], x[2][-1] == "u", int(x[2].strip("u")))):
+        lengths = figures.document_lengths(tokens, documents)
+        split = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}" if documents[-1] == "u" else f"{len(lengths)}"
+        texts = []
+        for row in (cells.get((tokens, window, documents, name)) for name in contenders):
+            predicted = figures.predicted_ms(row, used) if row else None
+            texts.append(f"{float(row['total_ms']):.2f}" if row else "–")
+            texts[-1] += "" if predicted is None else f" ({predicted:.2f})"
+        layer = f"window {window}" if window else "full"
+        lines.append(f"| {tokens:,} | {split} | {layer} | {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def finetune_table(rows: list[dict[str, str]]) -> str:
@@ -132,6 +209,12 @@ def update(text: str, name: str, body: str) -> str:
         raise ValueError(f"text: expected one {begin} and one {end}, got {text.count(begin)} and {text.count(end)}")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def _present(names) -> list[str]:
+    """Those contenders in LABELS's order."""
+    names = set(names)
+    return [name for name in LABELS if name in names]
 
 
 def _cell(row: dict[str, str] | None) -> str:

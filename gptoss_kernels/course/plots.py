@@ -1,12 +1,13 @@
 """Matplotlib as the course uses it: colour-blind-safe, and readable in Jupyter's light and dark themes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 # Okabe and Ito's palette, black last: it serves for limits and ceilings.
@@ -120,16 +121,71 @@ def roofline(ax: Axes, peak_tflops: float, bandwidth_gbs: float, points: dict[st
         bandwidth_gbs: its memory bandwidth, GB/s.
         points: name -> (FLOPs per byte of memory traffic, TFLOP/s reached).
     """
-    ridge = peak_tflops * 1e3 / bandwidth_gbs
-    intensities = [ridge, *(intensity for intensity, _ in points.values())]
-    left, right = min(intensities) / 4, max(intensities) * 4
-    ax.plot([left, ridge, right], [left * bandwidth_gbs / 1e3, peak_tflops, peak_tflops], color="black", linestyle="-")
+    _roof(ax, peak_tflops, bandwidth_gbs, [intensity for intensity, _ in points.values()])
     markers = "osD^vPX*"
     for index, (name, (intensity, reached)) in enumerate(points.items()):
         marker, colour = markers[index % len(markers)], OKABE_ITO[index % 7]
         ax.plot(intensity, reached, marker, color=colour, markersize=8, markeredgecolor="black", label=name)
-    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", xlim=(left, right))
+    ax.set(xlabel="FLOPs per byte", ylabel="TFLOP/s")
     ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def attention_roofline(
+    ax: Axes,
+    peak_tflops: float,
+    bandwidth_gbs: float,
+    rows: Iterable[Mapping[str, str | int | float]],
+    colours: Mapping[str, str],
+) -> None:
+    """Draws attention under the roof of a machine: a colour a contender, a marker a pass, a trail over the lengths.
+
+    Args:
+        ax: where to draw.
+        peak_tflops: the machine's arithmetic limit, TFLOP/s.
+        bandwidth_gbs: its memory bandwidth, GB/s.
+        rows: each with contender, pass ("forward" or "backward"), layer (its label), tokens, intensity (FLOPs for
+            each byte that has to cross the memory bus) and tflops (TFLOP/s reached).
+        colours: contender, as the legend calls it -> its colour.
+    """
+    rows = sorted(rows, key=lambda row: row["tokens"])
+    _roof(ax, peak_tflops, bandwidth_gbs, [row["intensity"] for row in rows])
+    looks = {"forward": ("o", "-"), "backward": ("^", "--")}
+    trails: dict[tuple, list] = {}
+    for row in rows:
+        trails.setdefault((row["contender"], row["pass"], row["layer"]), []).append((row["intensity"], row["tflops"]))
+    for (name, part, _), points in trails.items():
+        marker, line = looks[part]
+        ax.plot(*zip(*points, strict=True), line, marker=marker, color=colours[name], markeredgecolor="black")
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = [row for row in rows if row["layer"] == layer]
+        left, right = (pick(row["intensity"] for row in own) for pick in (min, max))
+        place = (left * right) ** 0.5, min(row["tflops"] for row in own)
+        text = f"{layer}\n{own[0]['tokens']:,} to {own[-1]['tokens']:,} tokens"
+        ax.annotate(text, place, (0, -10), textcoords="offset points", ha="center", va="top")
+    ax.annotate(
+        f"{peak_tflops:,.0f} TFLOP/s", (1, peak_tflops), (-4, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", va="bottom",
+    )  # fmt: skip
+    slope = (ax.get_xlim()[0] * (peak_tflops * 1e3 / bandwidth_gbs) ** 3) ** 0.25  # three quarters up to the ridge
+    ax.annotate(
+        f"{bandwidth_gbs:,.0f} GB/s", (slope, slope * bandwidth_gbs / 1e3), (-8, 0), textcoords="offset points",
+        ha="right", va="bottom",
+    )  # fmt: skip
+    ax.set(xlabel="FLOPs per byte that has to move", ylabel="TFLOP/s reached")
+    ax.set_ylim(min(row["tflops"] for row in rows) / 2.5, peak_tflops * 1.5)
+    ax.yaxis.set_major_formatter("{x:g}")
+    passes = [Line2D([], [], marker=look[0], linestyle=look[1], color="black", label=p) for p, look in looks.items()]
+    ax.legend(handles=passes, loc="lower right")
+    names = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
+    ax.figure.legend(handles=names, loc="outside lower center", ncols=3)
+
+
+def _roof(ax: Axes, peak_tflops: float, bandwidth_gbs: float, intensities: list[float]) -> None:
+    # The ceiling of memory up to the ridge, that of arithmetic beyond it, wide enough for all intensities.
+    ridge = peak_tflops * 1e3 / bandwidth_gbs
+    left, right = min(ridge, *intensities) / 4, max(ridge, *intensities) * 4
+    ax.plot([left, ridge, right], [left * bandwidth_gbs / 1e3, peak_tflops, peak_tflops], color="black", linestyle="-")
+    ax.set(xscale="log", yscale="log", xlim=(left, right))
 
 
 def computation_graph(

@@ -10,6 +10,7 @@ def row(**changes):
         "contender": "ours",
         "tokens": "4096",
         "window": "0",
+        "documents": "1",
         "forward_ms": "0.5",
         "backward_ms": "1.25",
         "total_ms": "1.75",
@@ -55,18 +56,63 @@ def test_tables():
         row(contender="fa4", package="flash-attn-4 4.0", window="128", forward_ms="0.125", peak_extra_gib=""),
         row(tokens="8192", forward_ms="2"),
         row(gpu="none: CPU", forward_ms="777"),
+        row(documents="4", forward_ms="888"),
         row(gpu="GPU B", commit="def"),
     ]
     text = readme.attention_tables(rows)
-    assert text.splitlines()[2:7] == [
+    assert text.splitlines()[2:8] == [
         "| tokens | layer | gptoss_kernels | FlashAttention-4 |",
         "|---|---|---|---|",
         "| 4,096 | full | 0.50 / 1.25, 0.06 | – |",
         "| 8,192 | full | 2.00 / 1.25, 0.06 | – |",
         "| 4,096 | window 128 | – | 0.12 / 1.25 |",
+        "",
     ]
     assert "Measured 2026-01-02 at commit abc with torch 2.11, triton 3.6, transformers 5.17, flash-attn-4 4.0." in text
-    assert "GPU B, bfloat16" in text and "commit def" in text and "777" not in text
+    assert "GPU B, bfloat16" in text and "commit def" in text and "777" not in text and "888" not in text
+
+
+def test_both_layers_together_are_of_one_run():
+    rows = [
+        row(total_ms="4", tokens="8192"),
+        row(total_ms="5", tokens="8192", contender="flex"),
+        row(total_ms="1", tokens="8192", window="128"),
+        row(total_ms="2.5", tokens="8192", window="128", contender="flex"),
+        row(total_ms="9", tokens="8192", window="128", contender="fa4", commit="old"),
+        row(total_ms="9", tokens="8192", window="128", contender="cudnn", commit="newer, without ours"),
+    ]
+    lines = readme.attention_tables(rows).splitlines()
+    assert "| 8,192 | full + window 128 | **5.00** | **7.50** | – | – |" in lines
+    at = lines.index("| layer | FlexAttention |")
+    assert lines[at + 2 : at + 5] == [
+        "| full | 1.25× to 1.25× |",
+        "| window 128 | 2.50× to 2.50× |",
+        "| full + window 128 | 1.50× to 1.50× |",
+    ]
+
+
+def test_rates_are_those_of_ours():
+    lines = readme.attention_tables([row(), row(contender="flex", forward_ms="1"), row(window="128")]).splitlines()
+    at = lines.index("| tokens | layer | TFLOP/s | GB/s |")
+    assert lines[at + 2 : at + 5] == [
+        "| 4,096 | full | 275 / 275 | 153 / 122 |",
+        "| 4,096 | window 128 | 17 / 17 | 153 / 122 |",
+        "",
+    ]
+
+
+def test_packed_documents_beside_their_prediction():
+    rows = [row(total_ms="16"), row(contender="flex", total_ms="16", commit="old")]
+    rows += [row(contender=name, documents="16", total_ms="2") for name in ("ours", "flex")]
+    rows.append(row(documents="3u", window="128", total_ms="3"))
+    lines = readme.attention_tables(rows).splitlines()
+    at = lines.index("| tokens | documents | layer | gptoss_kernels | FlexAttention |")
+    lengths = attention.figures.document_lengths(4096, "3u")
+    assert lines[at + 2 : at + 5] == [
+        "| 4,096 | 16 | full | 2.00 (1.00) | 2.00 |",  # no one-document row in flex's run: no prediction
+        f"| 4,096 | 3 of {min(lengths):,} to {max(lengths):,} | window 128 | 3.00 | – |",
+        "",
+    ]
 
 
 def test_finetune_table_shows_the_newest_row():
@@ -92,16 +138,56 @@ def test_update_needs_its_markers():
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib.pyplot").switch_backend("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
     from benchmarks import plot
 
-    rows = [row(), row(tokens="8192", total_ms="4"), row(window="128"), row(gpu="none: CPU", total_ms="777")]
+    rows = [row(), row(tokens="8192", total_ms="4"), row(contender="flex"), row(window="128")]
+    rows += [row(documents="4", total_ms="555"), row(gpu="none: CPU", total_ms="777")]
     figure = plot.draw(rows)
     full, windowed = figure.axes
-    assert full.lines[0].get_xydata().tolist() == [[4096, 1.75], [8192, 4]] and len(windowed.lines) == 1
+    assert full.lines[0].get_xydata().tolist() == [[4096, 1.75], [8192, 4]]
+    assert len(full.lines) == 2 and len(windowed.lines) == 1
     assert full.get_xlabel() == "tokens" and "ms" in full.get_ylabel()
+    assert [text.get_text() for text in full.texts] == ["FlexAttention", "gptoss_kernels"]
+    pyplot.close(figure)
     with pytest.raises(ValueError, match="rows: expected at least one taken on a GPU"):
         plot.draw(rows[-1:])
+
+
+def test_labels_of_curves_that_end_together_are_apart():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    from benchmarks import plot
+
+    times = {"ours": "100", "flex": "102", "cudnn": "99", "fa4": "30"}
+    rows = [row(contender=name, total_ms=time) for name, time in times.items()]
+    rows += [row(window="128", total_ms="0.2")]  # as far down as the windowed layers of the stored rows
+    figure = plot.draw(rows)
+    figure.draw_without_rendering()
+    # Text's extent: that of an Annotation has the leader line in it.
+    boxes = [pyplot.Text.get_window_extent(text) for text in figure.axes[0].texts]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) == 4 and all(low.y1 < high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
+    pyplot.close(figure)
+
+
+def test_roofline():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    from benchmarks import plot
+
+    rows = [row(gpu=next(iter(plot.CEILINGS)), **more) for more in ({}, {"tokens": "8192"}, {"window": "128"})]
+    figure = plot.draw_roofline(rows)
+    roof, *trails = figure.axes[0].lines
+    assert max(roof.get_ydata()) == 989 and roof.get_xdata()[1] == pytest.approx(295, abs=1)
+    forward = trails[0].get_xydata()
+    # 4 FLOPs an element of head_dim and visible pair; see test_attention_figures for the bytes.
+    assert forward[0].tolist() == pytest.approx([4 * 4096 * 4097 / 2 * 64 * 64 / 76_546_048, 274.95], rel=1e-4)
+    assert len(trails) == 4 and len(forward) == 2  # full and window, forward and backward; full at two lengths
+    pyplot.close(figure)
+    with pytest.raises(ValueError, match="rows: expected the last one to be of NVIDIA H100 80GB HBM3, got 'GPU A'"):
+        plot.draw_roofline([row()])
 
 
 def test_train_step_table():
