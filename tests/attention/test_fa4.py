@@ -30,7 +30,8 @@ class FakeFA4:
     def flash_attn_func(
         self, q, k, v, *, softmax_scale, causal, window_size, learnable_sink, deterministic, return_lse
     ):
-        self.calls.append(dict(q=q, k=k, v=v, deterministic=deterministic, learnable_sink=learnable_sink))
+        handed = dict(q=q, k=k, v=v, learnable_sink=learnable_sink, deterministic=deterministic, return_lse=return_lse)
+        self.calls.append(handed)
         assert causal and q.dtype in (torch.float16, torch.bfloat16)
         left, right = window_size
         assert right == (None if left is None else 0)
@@ -236,6 +237,8 @@ def test_sinks_of_another_dtype(fake, dtype):
 @pytest.mark.parametrize("documents", [None, (30, 40)])
 def test_nothing_is_copied(fake, documents):
     inputs, keywords = small(documents=documents).inputs()
+    inputs[:2] = (x.contiguous() for x in inputs[:2])  # v stays as Transformers stores it
+    assert inputs[0].stride() != inputs[0].transpose(1, 2).contiguous().transpose(1, 2).stride()
     flash_attention(*inputs, **keywords, backend="fa4")
     for name, x in zip("qkv", inputs, strict=False):
         handed = fake.calls[-1][name]
@@ -247,6 +250,7 @@ def test_without_lse(fake):
     inputs, keywords = small(documents=(30, 40)).inputs()
     out = flash_attention(*inputs, **keywords, backend="fa4")
     assert relative_error(out, attention_reference(*inputs, **keywords)[0]) <= LIMITS["out"]
+    assert not fake.calls[-1]["return_lse"]
 
 
 def test_determinism_follows_torch(fake):
