@@ -304,6 +304,7 @@ def check_contenders(
                 if why := case.lacking(contender):
                     print(f"{name}: {case}: left out, {why}")
                     continue
+                start = time.perf_counter()
                 try:
                     errors = relative_errors(contender, attend, inputs, case)
                 except Exception as error:  # a contender that does not run here must not end the others' measurement
@@ -312,7 +313,7 @@ def check_contenders(
                     print(f"{name}: {case}: skipped, {_first_line(error)}")
                     continue
                 shown = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
-                print(f"{name}: {case}: relative error {shown}")
+                print(f"{name}: {case}: relative error {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
                 if name == "ours" and (over := over_limit(errors, options.dtype)):
                     raise SystemExit(f"ours is wrong and is not timed: {case}: {', '.join(over)}")
                 worst[name, window, documents] = max(errors.values())

@@ -2,11 +2,14 @@
 
 import argparse
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import attention, harness
+from gptoss_kernels import flash_attention
 
 SMALL = "--device cpu --lengths 40 --check-tokens 33 --heads 4 --kv-heads 2 --head-dim 16 --rounds 2".split()
 
@@ -75,6 +78,61 @@ def test_errors_are_against_the_definition(name, window, documents):
     for wrong in (late,) if documents == "1" else (late, leaking):
         errors = attention.relative_errors(contender, wrong, inputs, case)
         assert len(attention.over_limit(errors, torch.float32)) == 5, errors
+
+
+def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how):
+    """FlashAttention-4's call with packed tensors (tokens, heads, head_dim), by the definition."""
+    assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32 and how["causal"]
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    window = None if how["window_size"] == (None, None) else how["window_size"][0] + 1
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = flash_attention(
+        q, k, v, how["learnable_sink"], sliding_window=window, cu_seqlens=cu_seqlens_q, backend="reference"
+    )
+    return out[0].transpose(0, 1), None
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("documents", ["1", "3", "4u"])
+def test_mask_of_flex(window, documents, monkeypatch):
+    # FlexAttention has no backward pass on a CPU; without torch.compile it is plain PyTorch.
+    monkeypatch.setattr(attention, "_need_cuda", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function=None, **how: function or (lambda f: f))
+    inputs = [x.detach() for x in attention.make_inputs(33, attention.parse(SMALL), seed=1)[:4]]
+    lengths = attention.Case(33, window, documents).lengths
+    got = attention.load_flex(inputs[0].device)(*inputs, window, lengths)
+    torch.testing.assert_close(got, attention.load_ours(inputs[0].device)(*inputs, window, lengths))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("documents", ["3", "4u"])
+def test_call_of_fa4_with_packed_documents(window, documents, monkeypatch):
+    monkeypatch.setattr(attention, "_need_cuda", lambda device: None)
+    cute = SimpleNamespace(flash_attn_func=None, flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=cute))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    options = attention.parse(SMALL)
+    contender = attention.CONTENDERS["fa4"]
+    inputs = attention.make_inputs(33, options, seed=1)
+    case = attention.Case(33, window, documents)
+    errors = attention.relative_errors(contender, contender.load(options.device), inputs, case)
+    assert not attention.over_limit(errors, torch.float32), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours", "flex", "fa4", "fla"])
+@pytest.mark.parametrize("window", [None, 128])
+def test_packing_on_a_gpu(name, window):
+    options = attention.parse(["--heads", "8", "--kv-heads", "2"])
+    contender = attention.CONTENDERS[name]
+    try:
+        attend = contender.load(options.device)
+    except ImportError as error:
+        pytest.skip(str(error))
+    inputs = attention.make_inputs(1000, options, seed=1)
+    for documents in ("4", "7u"):
+        errors = attention.relative_errors(contender, attend, inputs, attention.Case(1000, window, documents))
+        assert list(errors) == list(attention.NAMES) and max(errors.values()) < 2e-2, errors
 
 
 def test_without_sinks_is_compared_without_sinks():
