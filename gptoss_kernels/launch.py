@@ -19,7 +19,7 @@ def launch(kernel, grid: tuple[int, ...], args: tuple, constants: dict, **option
     Args:
         kernel: a @triton.jit function whose tl.constexpr parameters come last.
         grid: number of programs, one to three dimensions.
-        args: all other parameters in their order: tensors, numbers, None. args[0] is a tensor.
+        args: all other parameters in their order: tensors, TMA descriptors, numbers, None. args[0] is a tensor.
         constants: the tl.constexpr parameters, in their order.
         options: num_warps, num_stages and others that Triton knows.
     """
@@ -37,10 +37,11 @@ def _launch(kernel, grid, args, constants, options, device) -> None:
     varying = _varying.get(kernel.fn)
     if varying is None:
         varying = _varying[kernel.fn] = tuple(p.do_not_specialize for p in kernel.params)
-    # Pointers by dtype and alignment, floats by being one, integers by their value or, if they vary, their width.
+    # Pointers by dtype and alignment, TMA descriptors by dtype and block, floats by being one, integers by their value or, if they vary, their width.
     like = [
         (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor)
         else float if isinstance(x, float)
+        else (x.base.dtype, *x.block_shape) if hasattr(x, "block_shape")
         else x if x is None or not varies
         else -(2**31) <= x < 2**31
         for x, varies in zip(args, varying, strict=False)

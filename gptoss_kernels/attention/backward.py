@@ -1,4 +1,4 @@
-"""Backward kernels: delta and the sinks' gradient; dK and dV; dQ. No atomics: each output tile has one program.
+"""Backward kernels: delta, the sinks' gradient and dQ; dK and dV. No atomics: each output tile has one program.
 
 With P = exp(S - lse), lse including the sink: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K,
 dK = scale dS^T Q, where delta = rowsum(dO * O) - dlse, and dz = -sum over rows of exp(z - lse) delta.
@@ -11,60 +11,6 @@ import triton.language as tl
 from ..launch import launch
 from . import tiles
 from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits
-
-
-@triton.jit(do_not_specialize=["q_len"])
-def delta_kernel(
-    out,  # (batch, q_heads, q_len, HEAD_DIM)
-    dout,
-    lse,  # (batch, q_heads, q_len) fp32
-    dlse,  # the same, any strides; read if HAS_DLSE
-    sinks,  # (q_heads,)
-    delta,  # (batch, q_heads, rows) fp32, 0 past q_len
-    lse2,  # the same: lse in base 2; 0 for a row that sees nothing, inf past q_len
-    dsinks_partial,  # (batch, q_heads, blocks) fp32
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_db,
-    stride_dh,
-    stride_dm,
-    stride_lb,
-    stride_lh,
-    stride_lm,
-    q_heads,
-    q_len,
-    rows,  # q_len rounded up to whole tiles, so that the other kernels read both without a mask
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-):
-    batch = (tl.program_id(0) // q_heads).to(tl.int64)
-    head = (tl.program_id(0) % q_heads).to(tl.int64)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_range = offs_m < q_len
-    row = offs_m.to(tl.int64)[:, None]
-    mask = in_range[:, None] & (offs_d[None, :] < HEAD_DIM)
-    o = tl.load(out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :], mask, other=0.0)
-    do = tl.load(dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], mask, other=0.0)
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M]
-    if HAS_DLSE:
-        dlse += batch * stride_lb + head * stride_lh
-        row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
-    row_lse = tl.load(lse + (batch * q_heads + head) * q_len + offs_m, in_range, other=float("inf"))
-    unseeing = row_lse == float("-inf")
-    base = (batch * q_heads + head) * rows
-    tl.store(delta + base + offs_m, row_delta)
-    tl.store(lse2 + base + offs_m, tl.where(unseeing, 0.0, row_lse * LOG2E))
-    if HAS_SINKS:
-        z = tl.load(sinks + head).to(tl.float32)
-        # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
-        p_sink = tl.where(unseeing, 0.0, tl.exp2((z - row_lse) * LOG2E))
-        partial = -tl.sum(p_sink * row_delta, 0)
-        tl.store(dsinks_partial + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), partial)
 
 
 @triton.jit
@@ -163,11 +109,11 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,  # q_len is a multiple of BLOCK_M
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,  # q_len is a multiple of BLOCK_M
 ):
     # One program a (key tile, kv head): it loops over the group's query heads. The first keys, seen most, start first.
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -261,6 +207,8 @@ def accumulate_dq(
     v += begin.to(tl.int64) * stride_vn
     k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
     v_offs = offs_n[None, :] * stride_vn + offs_d[:, None]
+    lowest = tl.min(position, 0)
+    newest = tl.max(first, 0)
     for start_n in range(begin, end, BLOCK_N):
         key = start_n + offs_n  # [BLOCK_N]
         k_tile = load_tile(k + k_offs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
@@ -268,8 +216,10 @@ def accumulate_dq(
         scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(scores * qk_scale - row_lse[:, None])
         if MASKED:
-            allowed = (key[None, :] <= position[:, None]) & (key[None, :] >= first[:, None])
-            p = tl.where(allowed, p, 0.0)
+            if start_n + BLOCK_N - 1 > lowest:
+                p = tl.where(key[None, :] <= position[:, None], p, 0.0)
+            if start_n < newest:
+                p = tl.where(key[None, :] >= first[:, None], p, 0.0)
         if PADDED:
             real = tl.load(padding + key, mask=key < kv_len, other=0) != 0
             p = tl.where(real[None, :], p, 0.0)
@@ -286,9 +236,14 @@ def dq_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)
     v,
-    dout,  # as q
-    lse2,  # (batch, q_heads, rows) fp32
-    delta,
+    out,  # as q
+    dout,
+    sinks,  # (q_heads,)
+    lse,  # (batch, q_heads, q_len) fp32
+    dlse,  # the same, any strides; read if HAS_DLSE
+    lse2,  # (batch, q_heads, rows) fp32, written for dK and dV: lse in base 2; 0 for a row without keys, inf past q_len
+    delta,  # the same; 0 past q_len
+    dsinks_partial,  # (batch, q_heads, rows / BLOCK_M) fp32, written
     dq,  # as q
     cu_seqlens,
     padding,  # (batch, kv_len) bool
@@ -301,14 +256,20 @@ def dq_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_om,
     stride_db,
     stride_dh,
     stride_dm,
+    stride_lb,
+    stride_lh,
+    stride_lm,
     stride_gb,
     stride_gh,
     stride_gm,
     q_heads,
-    rows,
+    rows,  # q_len rounded up to whole tiles, so that dK and dV read lse2 and delta without a mask
     q_len,
     kv_len,
     window,
@@ -320,6 +281,8 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -335,6 +298,8 @@ def dq_kernel(
     position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
     first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
     begin, full_begin, full_end, end = split_keys(position, first, kv_len, BLOCK_N)
+    if start_m >= q_len:  # past the queries only lse2 and delta are wanted
+        full_end, end = full_begin, 0
 
     row = offs_m.to(tl.int64)[:, None]
     in_range = offs_m < q_len
@@ -343,9 +308,23 @@ def dq_kernel(
     do_tile = tl.load(
         dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], stored, other=0.0
     )
-    base = (batch * q_heads + head) * rows
-    row_lse = tl.load(lse2 + base + offs_m)
-    row_delta = tl.load(delta + base + offs_m)
+    o_tile = tl.load(out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :], stored, other=0.0)
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BLOCK_M]
+    if HAS_DLSE:
+        dlse += batch * stride_lb + head * stride_lh
+        row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
+    line = batch * q_heads + head
+    row_lse = tl.load(lse + line * q_len + offs_m, in_range, other=float("inf"))
+    unseeing = row_lse == float("-inf")
+    if HAS_SINKS:
+        z = tl.load(sinks + head).to(tl.float32)
+        # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
+        p_sink = tl.where(unseeing, 0.0, tl.exp2((z - row_lse) * LOG2E))
+        partial = -tl.sum(p_sink * row_delta, 0)
+        tl.store(dsinks_partial + line * tl.num_programs(1) + tl.program_id(1), partial)
+    row_lse = tl.where(unseeing, 0.0, row_lse * LOG2E)
+    tl.store(delta + line * rows + offs_m, row_delta)
+    tl.store(lse2 + line * rows + offs_m, row_lse)
     k += batch * stride_kb + head // GROUP * stride_kh
     v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
@@ -396,45 +375,42 @@ def launch_backward(
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     block_d = triton.next_power_of_2(head_dim)
 
+    # A multiple of every block_m, so that each program of dQ, and each tile of dK and dV, is whole.
     rows = triton.cdiv(q_len, tiles.LARGEST_BLOCK) * tiles.LARGEST_BLOCK
     delta, lse2 = torch.empty(2, batch, q_heads, rows, dtype=torch.float32, device=q.device)
-    blocks = rows // tiles.DELTA_BLOCK
-    partial = None if sinks is None else torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
-    arguments = (
-        out, dout, lse, dlse, sinks, delta, lse2, partial,
-        *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), q_heads, q_len, rows,
-    )  # fmt: skip
-    constants = dict(
-        HEAD_DIM=head_dim, BLOCK_M=tiles.DELTA_BLOCK, BLOCK_D=block_d, HAS_SINKS=sinks is not None,
-        HAS_DLSE=dlse is not None,
-    )  # fmt: skip
-    launch(delta_kernel, (batch * q_heads, blocks), arguments, constants, num_warps=4, enable_fp_fusion=True)
+    partial = None
 
     def run(kernel, programs, tile, *arguments, **more):
         constants = dict(
             GROUP=q_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d,
-            HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
-            SPLIT=splits(window), **more,
+            **more, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
+            SPLIT=splits(window),
         )  # fmt: skip
         options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
         launch(kernel, programs, (*arguments, *numbers), constants, **options)
 
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     numbers = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
+
+    def launch_dq(tile):
+        nonlocal partial
+        blocks = rows // tile.block_m
+        if sinks is not None:
+            partial = torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
+        run(
+            dq_kernel, (batch * q_heads, blocks), tile,
+            q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding, *inputs,
+            *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), *dq.stride()[:3],
+            q_heads, rows, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
+        )  # fmt: skip
 
     def launch_dkdv(tile):
         run(
             dkdv_kernel, (batch * kv_heads, triton.cdiv(kv_len, tile.block_n)), tile,
-            q, k, v, dout, lse2, delta, dk, dv, cu_seqlens, padding, *strides, *dk.stride()[:3], kv_heads, rows,
-            EVEN_ROWS=q_len % tile.block_m == 0,
+            q, k, v, dout, lse2, delta, dk, dv, cu_seqlens, padding, *inputs, *dout.stride()[:3], *dk.stride()[:3],
+            kv_heads, rows, EVEN_ROWS=q_len % tile.block_m == 0,
         )  # fmt: skip
 
-    def launch_dq(tile):
-        run(
-            dq_kernel, (batch * q_heads, triton.cdiv(q_len, tile.block_m)), tile,
-            q, k, v, dout, lse2, delta, dq, cu_seqlens, padding, *strides, *dq.stride()[:3], q_heads, rows,
-        )  # fmt: skip
-
-    launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
     launch_dq(tiles.select("dq", q, not splits(window), interpreted, launch_dq))
+    launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
     return None if sinks is None else partial.sum(dim=(0, 2))

@@ -44,13 +44,17 @@ def attend(
     v += begin.to(tl.int64) * stride_vn
     k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]  # [BLOCK_D, BLOCK_N]
     v_offs = offs_n[:, None] * stride_vn + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    lowest = tl.min(position, 0)
+    newest = tl.max(first, 0)
     for start_n in range(begin, end, BLOCK_N):
         key = start_n + offs_n  # [BLOCK_N]
         k_tile = load_tile(k + k_offs, offs_d[:, None] < HEAD_DIM, key[None, :] < kv_len, HEAD_DIM, BLOCK_D, MASKED)
         scores = tl.dot(q_tile, k_tile, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            allowed = (key[None, :] <= position[:, None]) & (key[None, :] >= first[:, None])
-            scores = tl.where(allowed, scores, float("-inf"))
+            if start_n + BLOCK_N - 1 > lowest:
+                scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+            if start_n < newest:
+                scores = tl.where(key[None, :] >= first[:, None], scores, float("-inf"))
         if PADDED:
             real = tl.load(padding + key, mask=key < kv_len, other=0) != 0
             scores = tl.where(real[None, :], scores, float("-inf"))

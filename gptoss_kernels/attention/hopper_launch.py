@@ -1,0 +1,104 @@
+"""Launches the kernels of hopper.py and hopper_window.py, where the tensors are such as they take."""
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..launch import launch
+from . import hopper
+from .masks import LOG2E, splits
+
+HEAD_DIM, WIDTH, TILE = hopper.HEAD_DIM.value, hopper.WIDTH.value, hopper.TILE.value
+STAGES = {128: 3, 64: 6}  # of the forward kernel, by keys of a tile
+DQ_KEYS, DQ_STAGES = 64, 4
+DKDV_QUERIES, DKDV_STAGES = 64, 4
+
+
+def supports(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these (batch, heads, length, head_dim) tensors, of which the first has the queries.
+
+    That is head_dim 64, 16 bits, and bases and strides of whole 16 bytes, as TMA reads them. Fewer rows than a warp
+    group has leave most of a tile empty: decoding is for the other kernels.
+    """
+    return tensors[0].shape[2] >= WIDTH and all(
+        x.shape[3] == HEAD_DIM
+        and x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+        for x in tensors
+    )
+
+
+def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
+    bits = x.element_size() * 8
+    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, len(block))
+    # The stride of a dimension of one element may be anything; TMA wants whole 16 bytes.
+    strides = [stride if size > 1 else HEAD_DIM for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block), layout)
+
+
+def launch_forward(q, k, v, sinks, out, lse, scale, window, cu_seqlens, padding) -> None:
+    """As forward.launch_forward."""
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keys = 128 if splits(window) and padding is None else 64  # as many as registers hold
+    arguments = (
+        out, lse, *(_descriptor(x, 1, 1, rows, head_dim) for x, rows in ((q, WIDTH), (k, keys), (v, keys))),
+        *(lse if x is None else x for x in (sinks, cu_seqlens, padding)),  # lse stands in for what is not read
+        *out.stride()[:3], q_heads, q_len, kv_len, window or 0, documents,
+        documents.bit_length(), scale * LOG2E.value,
+    )  # fmt: skip
+    constants = dict(
+        GROUP=q_heads // kv_heads, BLOCK_N=keys, STAGES=STAGES[keys], HAS_SINKS=sinks is not None,
+        HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
+    )  # fmt: skip
+    grid = (batch * q_heads, triton.cdiv(q_len, TILE))
+    launch(hopper.forward_hopper_kernel, grid, arguments, constants, num_warps=4)
+
+
+def launch_backward(
+    dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, scale, window, cu_seqlens, padding
+) -> torch.Tensor | None:
+    """As backward.launch_backward."""
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    group = q_heads // kv_heads
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = triton.cdiv(q_len, WIDTH) * WIDTH
+    delta, lse2 = torch.empty(2, batch * q_heads, rows, dtype=torch.float32, device=q.device)
+    partial = None
+    if sinks is not None:
+        partial = torch.empty(batch, q_heads, rows // WIDTH, dtype=torch.float32, device=q.device)
+    bounds = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
+    # lse stands in for what is not read.
+    absent_dlse, absent_sinks, absent_partial, *masks = (
+        lse if x is None else x for x in (dlse, sinks, partial, cu_seqlens, padding)
+    )
+    packing = dict(PACKED=cu_seqlens is not None, PADDED=padding is not None)
+    queries = [_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)]
+    keys = [_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)]
+
+    arguments = (
+        dq, lse, absent_dlse, delta, lse2, absent_partial, *queries, *keys, absent_sinks, *masks, *dq.stride()[:3],
+        *absent_dlse.stride(), q_heads, rows, *bounds,
+    )  # fmt: skip
+    constants = dict(
+        GROUP=group, BLOCK_N=DQ_KEYS, STAGES=DQ_STAGES, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
+        HAS_WINDOW=window is not None, **packing,
+    )  # fmt: skip
+    grid = (batch * q_heads, triton.cdiv(q_len, TILE))
+    launch(hopper.dq_hopper_kernel, grid, arguments, constants, num_warps=4)
+
+    streams = [_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)]
+    stats = [_descriptor(x, 1, DKDV_QUERIES) for x in (lse2, delta)]
+    arguments = (dk, dv, *keys, *streams, *stats, *masks, *dk.stride()[:3], kv_heads, *bounds)
+    inner = INNER or (1 if splits(window) else group)
+    constants = dict(GROUP=group, INNER=inner, BLOCK_M=DKDV_QUERIES, STAGES=DKDV_STAGES, HAS_WINDOW=window is not None, **packing)
+    grid = (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH))
+    launch(hopper.dkdv_hopper_kernel, grid, arguments, constants, num_warps=4)
+    return None if partial is None else partial.sum(dim=(0, 2))
+
+
+INNER = 0
