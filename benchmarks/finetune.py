@@ -55,7 +55,10 @@ COLUMNS = (
         "commit",
     ),
 )
-KERNELS = {"forward_launches": ("forward_kernel",), "backward_launches": ("delta_kernel", "dkdv_kernel", "dq_kernel")}
+KERNELS = {
+    "forward_launches": ("forward_kernel", "forward_hopper_kernel"),
+    "backward_launches": ("dkdv_kernel", "dq_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"),
+}
 
 
 class Launches(TrainerCallback):

@@ -37,7 +37,8 @@ def _launch(kernel, grid, args, constants, options, device) -> None:
     varying = _varying.get(kernel.fn)
     if varying is None:
         varying = _varying[kernel.fn] = tuple(p.do_not_specialize for p in kernel.params)
-    # Pointers by dtype and alignment, TMA descriptors by dtype and block, floats by being one, integers by their value or, if they vary, their width.
+    # Pointers by dtype and alignment, TMA descriptors by dtype and block, floats by being one, integers by their value
+    # or, if they vary, their width.
     like = [
         (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor)
         else float if isinstance(x, float)

@@ -27,12 +27,22 @@ class Resources:
     spills: int
 
 
+def descriptor(dtype: torch.dtype, *block: int) -> str:
+    """For `compile_offline`: a TMA descriptor of blocks as hopper_launch makes them."""
+    from triton.experimental.gluon import language as gl
+
+    bits = dtype.itemsize * 8
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128 if bits == 16 else 0, element_bitwidth=bits, rank=len(block))
+    return f"tensordesc<{_POINTERS[dtype][1:]}{list(block)},{layout!r}>"
+
+
 def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, num_stages: int) -> Resources:
     """Compile `kernel` (a @triton.jit function) for a compute capability such as 90.
 
     Args:
         arguments: name -> torch.dtype (a pointer to it, 16-byte aligned), "i32" (any integer), "i32:16" (an integer
-            divisible by 16, as aligned strides are), "fp32" (a float), or the value of a constexpr (bool, int, None).
+            divisible by 16, as aligned strides are), "fp32" (a float), a TMA descriptor (see `descriptor`), or the value
+            of a constexpr (bool, int, None).
 
     Raises:
         RuntimeError: the process runs Triton's interpreter.
@@ -54,6 +64,8 @@ def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, nu
         if isinstance(value, torch.dtype):
             signature[name] = _POINTERS[value]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, str) and value.startswith("tensordesc"):
+            signature[name] = value
         elif value in ("i32", "i32:16", "fp32") and isinstance(value, str):
             signature[name] = value.removesuffix(":16")
             if value.endswith(":16"):
@@ -61,6 +73,8 @@ def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, nu
         else:
             signature[name] = "constexpr"
             constants[name] = value
+    if hasattr(kernel, "is_gluon") and kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

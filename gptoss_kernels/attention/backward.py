@@ -309,19 +309,15 @@ def dq_kernel(
         dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], stored, other=0.0
     )
     o_tile = tl.load(out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :], stored, other=0.0)
+    line = batch * q_heads + head
+    row_lse = tl.load(lse + line * q_len + offs_m, in_range, other=float("inf"))
+    if HAS_SINKS:
+        z = tl.load(sinks + head).to(tl.float32) * LOG2E
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BLOCK_M]
     if HAS_DLSE:
         dlse += batch * stride_lb + head * stride_lh
         row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
-    line = batch * q_heads + head
-    row_lse = tl.load(lse + line * q_len + offs_m, in_range, other=float("inf"))
     unseeing = row_lse == float("-inf")
-    if HAS_SINKS:
-        z = tl.load(sinks + head).to(tl.float32)
-        # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
-        p_sink = tl.where(unseeing, 0.0, tl.exp2((z - row_lse) * LOG2E))
-        partial = -tl.sum(p_sink * row_delta, 0)
-        tl.store(dsinks_partial + line * tl.num_programs(1) + tl.program_id(1), partial)
     row_lse = tl.where(unseeing, 0.0, row_lse * LOG2E)
     tl.store(delta + line * rows + offs_m, row_delta)
     tl.store(lse2 + line * rows + offs_m, row_lse)
@@ -349,6 +345,11 @@ def dq_kernel(
     )  # fmt: skip
     target = batch * stride_gb + head * stride_gh + row * stride_gm + offs_d[None, :]
     tl.store(dq + target, (acc * scale).to(dq.dtype.element_ty), mask=stored)
+    if HAS_SINKS:
+        # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
+        p_sink = tl.where(unseeing, 0.0, tl.exp2(z - row_lse))
+        partial = -tl.sum(p_sink * row_delta, 0)
+        tl.store(dsinks_partial + line * tl.num_programs(1) + tl.program_id(1), partial)
 
 
 def launch_backward(
@@ -411,6 +412,16 @@ def launch_backward(
             kv_heads, rows, EVEN_ROWS=q_len % tile.block_m == 0,
         )  # fmt: skip
 
-    launch_dq(tiles.select("dq", q, not splits(window), interpreted, launch_dq))
-    launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
+    # Short windows leave a Hopper program too little to overlap in dQ (see benchmarks/NOTES.md).
+    hopper = None if interpreted else tiles.hopper_kernels(q, k, v, dout, out)
+    if hopper is not None and splits(window):
+        partial = hopper.launch_dq(
+            dout, dlse, q, k, v, sinks, out, lse, dq, delta, lse2, scale, window, cu_seqlens, padding
+        )
+    else:
+        launch_dq(tiles.select("dq", q, not splits(window), interpreted, launch_dq))
+    if hopper is not None:
+        hopper.launch_dkdv(dout, q, k, v, dk, dv, delta, lse2, scale, window, cu_seqlens, padding)
+    else:
+        launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
     return None if sinks is None else partial.sum(dim=(0, 2))

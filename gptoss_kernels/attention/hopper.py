@@ -1,8 +1,9 @@
-"""The attention kernels for Hopper in Gluon: one warp feeds shared memory by TMA, three warp groups multiply out of it.
+"""The attention kernels for Hopper in Gluon: one warp feeds shared memory by TMA, warp groups multiply out of it.
 
 Same mathematics, masks and results as forward.py and backward.py, for what gpt-oss is trained with: bf16 or fp16 and
 head_dim 64. A warp group owns 64 rows of its program's tile (queries in the forward and dQ kernels, keys in the dK/dV
 kernel) and meets the others only at the barriers of shared memory: while one exponentiates, another multiplies.
+Barriers come in pairs a stage: `full` when TMA has filled it, `empty` when each warp group has given it back.
 """
 
 from triton.experimental import gluon
@@ -540,18 +541,14 @@ def dq_hopper_kernel(
 
 @gluon.jit
 def dkdv_load(
-    descriptors, smem, full, empty, span,
-    HEADS: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    descriptors, smem, full, empty, span, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     q_desc, do_desc, lse2_desc, delta_desc = descriptors
     q_smem, do_smem, lse2_smem, delta_smem = smem
     batch, head, line, begin, end = span
-    end = begin + gl.cdiv(end - begin, BLOCK_M) * BLOCK_M
     step = 0
-    for outer in range(HEADS):
-        for tile in range(0, (end - begin) * INNER, BLOCK_M):
-            start_m = begin + tile // (BLOCK_M * INNER) * BLOCK_M
-            member = outer + tile // BLOCK_M % INNER
+    for member in range(GROUP):
+        for start_m in range(begin, end, BLOCK_M):
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -566,7 +563,7 @@ def dkdv_load(
 @gluon.jit
 def dkdv_multiply(
     kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers,
-    PART: gl.constexpr, HEADS: gl.constexpr, INNER: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     HAS_WINDOW: gl.constexpr, PACKED: gl.constexpr, PADDED: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem = kv_smem
@@ -603,12 +600,11 @@ def dkdv_multiply(
     acc_dk = gl.zeros([WIDTH, HEAD_DIM], gl.float32, layout=acc_layout)
     acc_dv = gl.zeros([WIDTH, HEAD_DIM], gl.float32, layout=acc_layout)
     step = 0
-    for _ in range(HEADS):
-        for _ in range(begin * INNER, own * INNER, BLOCK_M):
+    for _ in range(GROUP):
+        for _ in range(begin, own, BLOCK_M):
             give_back(full, empty, step, STAGES)
             step += 1
-        for tile in range(0, (own_end - own) * INNER, BLOCK_M):
-            start_m = own + tile // (BLOCK_M * INNER) * BLOCK_M
+        for start_m in range(own, own_end, BLOCK_M):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             q_tile = q_smem.index(stage).reshape([BLOCK_M, HEAD_DIM])
@@ -628,8 +624,8 @@ def dkdv_multiply(
                 p = gl.where(real[:, None], p, 0.0)
             row_delta = delta_smem.index(stage).reshape([BLOCK_M]).load(columns_layout)
             p_operand = gl.convert_layout(p.to(dtype), acc_operand)
-            # K and V too look as if they came from here: ptxas 12.8 and 12.9 let others overwrite the registers of operands
-            # that never change.
+            # K and V too look as if they came from here: ptxas 12.8 and 12.9 let others overwrite the registers of
+            # operands that never change.
             dp, k_tile, v_tile = warpgroup_mma_wait(0, deps=[dp, k_tile, v_tile])
             acc_dv = warpgroup_mma(p_operand, do_tile, acc_dv, is_async=True)
             ds = p * (dp - row_delta[None, :])
@@ -638,7 +634,7 @@ def dkdv_multiply(
             acc_dv, acc_dk = warpgroup_mma_wait(0, deps=[acc_dv, acc_dk])
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        for _ in range(own_end * INNER, gl.cdiv(end, BLOCK_M) * BLOCK_M * INNER, BLOCK_M):
+        for _ in range(own_end, end, BLOCK_M):
             give_back(full, empty, step, STAGES)
             step += 1
 
@@ -669,7 +665,6 @@ def dkdv_hopper_kernel(
     search_steps,
     scale,
     GROUP: gl.constexpr,
-    INNER: gl.constexpr,  # query heads that take turns at each row tile; the others follow when all rows are done
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
@@ -678,7 +673,6 @@ def dkdv_hopper_kernel(
 ):
     # One program a (key tile, kv head): it loops over the group's query heads. The first keys, seen most, start first.
     PARTS: gl.constexpr = 2
-    HEADS: gl.constexpr = GROUP // INNER
     batch = gl.program_id(0) // kv_heads
     kv_head = gl.program_id(0) % kv_heads
     start_n = gl.program_id(1) * (PARTS * WIDTH)
@@ -712,13 +706,13 @@ def dkdv_hopper_kernel(
     gl.warp_specialize(
         [
             (dkdv_multiply, (
-                kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers, 0, HEADS, INNER, BLOCK_M, STAGES,
+                kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers, 0, GROUP, BLOCK_M, STAGES,
                 HAS_WINDOW, PACKED, PADDED)),
             (dkdv_multiply, (
-                kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers, 1, HEADS, INNER, BLOCK_M, STAGES,
+                kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers, 1, GROUP, BLOCK_M, STAGES,
                 HAS_WINDOW, PACKED, PADDED)),
             (dkdv_load, (
-                (q_desc, do_desc, lse2_desc, delta_desc), smem, full, empty, load_span, HEADS, INNER, BLOCK_M, STAGES)),
+                (q_desc, do_desc, lse2_desc, delta_desc), smem, full, empty, load_span, GROUP, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [240, 24],

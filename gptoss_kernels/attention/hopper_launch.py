@@ -58,47 +58,51 @@ def launch_forward(q, k, v, sinks, out, lse, scale, window, cu_seqlens, padding)
     launch(hopper.forward_hopper_kernel, grid, arguments, constants, num_warps=4)
 
 
-def launch_backward(
-    dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, scale, window, cu_seqlens, padding
+def launch_dq(
+    dout, dlse, q, k, v, sinks, out, lse, dq, delta, lse2, scale, window, cu_seqlens, padding
 ) -> torch.Tensor | None:
-    """As backward.launch_backward."""
+    """Fill dq, and delta and lse2 (batch, q_heads, rows) fp32; return the sinks' gradient by row block.
+
+    rows is a multiple of WIDTH."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    group = q_heads // kv_heads
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = triton.cdiv(q_len, WIDTH) * WIDTH
-    delta, lse2 = torch.empty(2, batch * q_heads, rows, dtype=torch.float32, device=q.device)
+    rows = delta.shape[-1]
     partial = None
     if sinks is not None:
         partial = torch.empty(batch, q_heads, rows // WIDTH, dtype=torch.float32, device=q.device)
-    bounds = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
     # lse stands in for what is not read.
-    absent_dlse, absent_sinks, absent_partial, *masks = (
-        lse if x is None else x for x in (dlse, sinks, partial, cu_seqlens, padding)
-    )
-    packing = dict(PACKED=cu_seqlens is not None, PADDED=padding is not None)
-    queries = [_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)]
-    keys = [_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)]
-
+    some_dlse, some_partial, *others = (lse if x is None else x for x in (dlse, partial, sinks, cu_seqlens, padding))
     arguments = (
-        dq, lse, absent_dlse, delta, lse2, absent_partial, *queries, *keys, absent_sinks, *masks, *dq.stride()[:3],
-        *absent_dlse.stride(), q_heads, rows, *bounds,
+        dq, lse, some_dlse, delta, lse2, some_partial, *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)),
+        *(_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)), *others, *dq.stride()[:3], *some_dlse.stride(),
+        q_heads, rows, q_len, kv_len, window or 0, documents, documents.bit_length(), scale,
     )  # fmt: skip
     constants = dict(
-        GROUP=group, BLOCK_N=DQ_KEYS, STAGES=DQ_STAGES, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
-        HAS_WINDOW=window is not None, **packing,
+        GROUP=q_heads // kv_heads, BLOCK_N=DQ_KEYS, STAGES=DQ_STAGES, HAS_SINKS=sinks is not None,
+        HAS_DLSE=dlse is not None, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None,
+        PADDED=padding is not None,
     )  # fmt: skip
-    grid = (batch * q_heads, triton.cdiv(q_len, TILE))
-    launch(hopper.dq_hopper_kernel, grid, arguments, constants, num_warps=4)
+    # Rows past q_len have delta and lse2 too.
+    launch(hopper.dq_hopper_kernel, (batch * q_heads, triton.cdiv(rows, TILE)), arguments, constants, num_warps=4)
+    return partial
 
-    streams = [_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)]
-    stats = [_descriptor(x, 1, DKDV_QUERIES) for x in (lse2, delta)]
-    arguments = (dk, dv, *keys, *streams, *stats, *masks, *dk.stride()[:3], kv_heads, *bounds)
-    inner = INNER or (1 if splits(window) else group)
-    constants = dict(GROUP=group, INNER=inner, BLOCK_M=DKDV_QUERIES, STAGES=DKDV_STAGES, HAS_WINDOW=window is not None, **packing)
+
+def launch_dkdv(dout, q, k, v, dk, dv, delta, lse2, scale, window, cu_seqlens, padding) -> None:
+    """Fill dk and dv, which have the same strides, from what launch_dq left in delta and lse2."""
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    arguments = (
+        dk, dv, *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (k, v)),
+        *(_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)),
+        *(_descriptor(x.view(batch * q_heads, -1), 1, DKDV_QUERIES) for x in (lse2, delta)),
+        *(lse2 if x is None else x for x in (cu_seqlens, padding)),  # lse2 stands in for what is not read
+        *dk.stride()[:3], kv_heads, q_len, kv_len, window or 0, documents, documents.bit_length(), scale,
+    )  # fmt: skip
+    constants = dict(
+        GROUP=q_heads // kv_heads, BLOCK_M=DKDV_QUERIES, STAGES=DKDV_STAGES, HAS_WINDOW=window is not None,
+        PACKED=cu_seqlens is not None, PADDED=padding is not None,
+    )  # fmt: skip
     grid = (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH))
     launch(hopper.dkdv_hopper_kernel, grid, arguments, constants, num_warps=4)
-    return None if partial is None else partial.sum(dim=(0, 2))
-
-
-INNER = 0

@@ -61,8 +61,7 @@ FULL_PRECISION_TURING = Tile(16, 16, 4, 1)  # 64 KiB of shared memory
 # The interpreter takes the same time for a program whatever its tile; 32 still gives tests several tiles.
 INTERPRETER = Tile(32, 32, 4, 1)
 
-DELTA_BLOCK = 64  # rows a program of the delta kernel reads
-LARGEST_BLOCK = 128  # no tile has more rows; a multiple of all block_m and of DELTA_BLOCK
+LARGEST_BLOCK = 128  # no tile has more rows; a multiple of all block_m
 
 CANDIDATES = [
     Tile(m, n, warps, stages)
@@ -92,6 +91,23 @@ def table_tile(arch: str, kernel: str, head_dim: int, dtype: torch.dtype, window
 @functools.cache
 def _device_architecture(index: int) -> str:
     return architecture(torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def _hopper_launch(index: int):
+    if _device_architecture(index) != "hopper":
+        return None
+    try:
+        from . import hopper_launch
+    except (ImportError, AttributeError):  # a Triton whose Gluon, which is experimental, is not the one we know
+        return None
+    return hopper_launch
+
+
+def hopper_kernels(*tensors: torch.Tensor):
+    """The module hopper_launch if its kernels take these tensors on their GPU, else None."""
+    module = _hopper_launch(tensors[0].device.index)
+    return module if module is not None and module.supports(*tensors) else None
 
 
 _tuned: dict[tuple, Tile] = {}

@@ -56,6 +56,40 @@ def test_relative_error_in_bfloat16(tokens, mask):
     check(gpt_oss(tokens, window=WINDOW if "window" in mask else None, documents=documents))
 
 
+@pytest.mark.parametrize("mask", ["full", "window", "packed"])
+def test_relative_error_of_the_kernels_for_every_architecture(mask, monkeypatch):
+    from gptoss_kernels.attention import tiles
+
+    monkeypatch.setattr(tiles, "hopper_kernels", lambda *tensors: None)
+    check(
+        gpt_oss(2011, window=WINDOW if mask == "window" else None, documents=uneven(2011) if mask == "packed" else None)
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 65, 129, 200, 511, 600])
+def test_relative_error_of_windows(window):
+    check(gpt_oss(1311, window=window))
+    check(gpt_oss(1311, window=window, documents=uneven(1311)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kv_len": 1500}, {"kv_len": 1500, "window": 600}, {"batch": 3}, {"dtype": torch.float16}]
+)
+def test_relative_error_of_other_shapes(changes):
+    check(gpt_oss(1000, **changes))
+
+
+def test_an_unaligned_view_takes_the_kernels_for_every_architecture():
+    inputs, keywords = gpt_oss(300).inputs("cuda")
+    grad_out = gradient_like(inputs[0])
+    expected = forward_backward(inputs, keywords, grad_out)
+    room = torch.zeros(inputs[0].numel() + 1, device="cuda", dtype=inputs[0].dtype)
+    shifted = room[1:].view(inputs[0].shape).copy_(inputs[0].detach()).requires_grad_()
+    actual = forward_backward([shifted, *inputs[1:]], keywords, grad_out)
+    for name, a, x in zip(NAMES, actual, expected, strict=True):
+        assert relative_error(a, x) <= LIMITS[name], name
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_relative_error_with_padding(padding):
     check(gpt_oss(1000, batch=2, padding=padding))
@@ -159,7 +193,11 @@ def test_new_lengths_and_documents_compile_nothing_new():
         forward_backward(inputs, keywords, gradient_like(inputs[0]))
 
     def compiled():
-        kernels = (forward.forward_kernel, backward.delta_kernel, backward.dkdv_kernel, backward.dq_kernel)
+        kernels = [forward.forward_kernel, backward.dkdv_kernel, backward.dq_kernel]
+        if torch.cuda.get_device_capability() == (9, 0):
+            from gptoss_kernels.attention import hopper
+
+            kernels += [hopper.forward_hopper_kernel, hopper.dkdv_hopper_kernel, hopper.dq_hopper_kernel]
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
     for tokens in (1024, 1000):  # with and without a ragged end

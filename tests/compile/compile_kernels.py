@@ -15,9 +15,10 @@ import triton
 
 import gptoss_kernels
 from gptoss_kernels.attention import tiles
-from gptoss_kernels.offline import compile_offline
+from gptoss_kernels.offline import compile_offline, descriptor
 
-ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq", "delta_kernel": "delta"}
+ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq"}
+HOPPER = {"forward_hopper_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"}
 LAYERS = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
 EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
 FEATURES = {
@@ -70,6 +71,29 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
     return arguments
 
 
+def hopper_arguments(kernel, dtype: torch.dtype, features: dict) -> dict:
+    from gptoss_kernels.attention import hopper_launch as launch
+
+    features = dict(HAS_WINDOW=False, PACKED=False, PADDED=False) | {n: x for n, x in features.items() if n != "SPLIT"}
+    keys = 64 if features["HAS_WINDOW"] or features["PADDED"] else 128
+    constants = dict(GROUP=8, HAS_SINKS=True, HAS_DLSE=False, BLOCK_M=launch.DKDV_QUERIES) | features
+    if kernel.__name__ == "forward_hopper_kernel":
+        constants |= dict(BLOCK_N=keys, STAGES=launch.STAGES[keys])
+    else:
+        keys = launch.DQ_KEYS
+        constants |= dict(BLOCK_N=keys, STAGES=launch.DQ_STAGES if "dq" in kernel.arg_names else launch.DKDV_STAGES)
+    numbers = ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps")
+    known = constants | dict.fromkeys(numbers, "i32") | dict(rows="i32:16", scale="fp32", qk_scale="fp32")
+    known |= dict.fromkeys(("lse", "lse2", "delta", "dlse", "partial"), torch.float32)
+    known |= dict(cu_seqlens=torch.int32 if features["PACKED"] else torch.float32)
+    known |= dict(padding=torch.bool if features["PADDED"] else torch.float32)
+    known |= {name: "i32:16" for name in kernel.arg_names if name.startswith("stride")}
+    known |= {name: descriptor(dtype, 1, 1, 64, 64) for name in ("q_desc", "do_desc", "o_desc")}
+    known |= {name: descriptor(dtype, 1, 1, keys, 64) for name in ("k_desc", "v_desc")}
+    known |= {name: descriptor(torch.float32, 1, 64) for name in ("lse2_desc", "delta_desc")}
+    return {name: known.get(name, dtype) for name in kernel.arg_names}
+
+
 def experts_arguments(kernel, dtype: torch.dtype) -> dict:
     """gpt-oss's shapes, weights trained: hidden and intermediate 2,880, top-k 4; tiles as the launchers choose them."""
     blocks = {
@@ -99,9 +123,13 @@ def variants(name: str, capability: int):
     """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
     yield (64, half, "full")
-    if name == "delta_kernel" or name in EXPERTS | LAYERS:
+    if name in EXPERTS | LAYERS:
         return
     yield (64, half, "window")
+    if name in HOPPER:
+        yield (64, half, "packed")
+        yield (64, half, "padded")
+        return
     if capability in (75, 80, 90, 100):
         yield (64, half, "packed")
     if capability in (75, 80, 86, 90):  # one architecture for each size of shared memory
@@ -119,11 +147,12 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
         used = compile_offline(kernel, arguments, capability, num_warps=warps, num_stages=3)
         row = {"kernel": name, "capability": capability, "head_dim": head_dim, "feature": feature}
         return row | dataclasses.asdict(used)
-    if name == "delta_kernel":
-        tile = tiles.Tile(tiles.DELTA_BLOCK, 0, 4, 3)
-    else:
-        arch = tiles.architecture(divmod(capability, 10))
-        tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, feature == "window")
+    if name in HOPPER:
+        used = compile_offline(kernel, hopper_arguments(kernel, dtype, FEATURES[feature]), capability, 4, 1)
+        row = {"kernel": name, "capability": capability, "head_dim": 64, "dtype": str(dtype).removeprefix("torch.")}
+        return row | {"feature": feature, **dataclasses.asdict(used)}
+    arch = tiles.architecture(divmod(capability, 10))
+    tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, feature == "window")
     arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
     used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages)
     row = {"kernel": name, "capability": capability, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
@@ -132,11 +161,13 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
 
 def main() -> None:
     kernels = package_kernels()
-    unknown = set(kernels) - set(ATTENTION) - EXPERTS - LAYERS
+    unknown = set(kernels) - set(ATTENTION) - HOPPER - EXPERTS - LAYERS
     if unknown:
         raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
     for capability in map(int, sys.argv[1:]):
         for name, kernel in kernels.items():
+            if name in HOPPER and capability != 90:
+                continue
             for variant in variants(name, capability):
                 print(json.dumps(compile_row(name, kernel, capability, *variant)), flush=True)
 
