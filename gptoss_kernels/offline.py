@@ -41,8 +41,8 @@ def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, nu
 
     Args:
         arguments: name -> torch.dtype (a pointer to it, 16-byte aligned), "i32" (any integer), "i32:16" (an integer
-            divisible by 16, as aligned strides are), "fp32" (a float), a TMA descriptor (see `descriptor`), or the value
-            of a constexpr (bool, int, None).
+            divisible by 16, as aligned strides are), "fp32" (a float), a TMA descriptor (see `descriptor`), or the
+            value of a constexpr (bool, int, None).
 
     Raises:
         RuntimeError: the process runs Triton's interpreter.

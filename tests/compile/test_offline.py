@@ -33,6 +33,8 @@ def test_kernels_fit(capability):
     assert {row["kernel"] for row in rows} == attention | hopper | experts | layers
     for row in rows:
         budget = SPILL_BUDGET[capability] if row["head_dim"] == 64 else max(512, SPILL_BUDGET[capability])
+        if row["kernel"] in hopper:  # Triton 3.6 spills nothing there, 3.9 up to 288 bytes in the packed forward
+            budget = 288
         assert row["shared"] <= SHARED_MEMORY_LIMIT[capability], row
         assert row["spills"] <= budget, row
 
