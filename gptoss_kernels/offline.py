@@ -36,7 +36,9 @@ def descriptor(dtype: torch.dtype, *block: int) -> str:
     return f"tensordesc<{_POINTERS[dtype][1:]}{list(block)},{layout!r}>"
 
 
-def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, num_stages: int) -> Resources:
+def compile_offline(
+    kernel, arguments: dict, capability: int, num_warps: int, num_stages: int, maxnreg: int | None = None
+) -> Resources:
     """Compile `kernel` (a @triton.jit function) for a compute capability such as 90.
 
     Args:
@@ -77,6 +79,8 @@ def compile_offline(kernel, arguments: dict, capability: int, num_warps: int, nu
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -387,8 +387,7 @@ def launch_backward(
             **more, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
             SPLIT=splits(window),
         )  # fmt: skip
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
-        launch(kernel, programs, (*arguments, *numbers), constants, **options)
+        launch(kernel, programs, (*arguments, *numbers), constants, **tile.options)
 
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     numbers = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)

@@ -204,7 +204,7 @@ def launch_forward(
         )  # fmt: skip
         launch(
             forward_kernel, (batch * q_heads, triton.cdiv(q_len, tile.block_m)), arguments, constants,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **tile.options,
         )  # fmt: skip
 
     attempt(tiles.select("forward", q, not splits(window), interpreted, attempt))

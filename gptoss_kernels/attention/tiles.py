@@ -18,6 +18,13 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers a thread may take, where fewer let one more program onto a multiprocessor
+
+    @property
+    def options(self) -> dict:
+        """As Triton's launch options."""
+        options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
 
 
 # Compute capability -> class. What separates the classes here is shared memory a block and the matrix units:
@@ -50,7 +57,7 @@ TABLE = {
         (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
     ],
     ("hopper", "dkdv"): [(64, Tile(32, 64, 4, 4), Tile(32, 64, 4, 2)), (128, Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))],
-    ("hopper", "dq"): [(64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)), (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))],
+    ("hopper", "dq"): [(64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 96)), (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))],
 }
 TABLE |= {("blackwell", kernel): TABLE["hopper", kernel] for kernel in ("forward", "dkdv", "dq")}
 

@@ -66,7 +66,7 @@ def test_relative_error_of_the_kernels_for_every_architecture(mask, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("window", [1, 2, 65, 129, 200, 511, 600])
+@pytest.mark.parametrize("window", [65, 129, 200, 511, 600])
 def test_relative_error_of_windows(window):
     check(gpt_oss(1311, window=window))
     check(gpt_oss(1311, window=window, documents=uneven(1311)))

@@ -154,7 +154,7 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
     arch = tiles.architecture(divmod(capability, 10))
     tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, feature == "window")
     arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
-    used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages)
+    used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages, tile.maxnreg)
     row = {"kernel": name, "capability": capability, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
     return row | {"feature": feature, "tile": tile, **dataclasses.asdict(used)}
 
