@@ -1,4 +1,4 @@
-"""Forward kernel: online softmax over key tiles, the sink being the last key."""
+"""Forward kernel: online softmax over key tiles, the sink being key number -1."""
 
 import torch
 import triton
@@ -128,12 +128,15 @@ def forward_kernel(
     v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
         padding += batch * kv_len
-    if HAS_SINKS:
-        z = tl.load(sinks + head).to(tl.float32) * LOG2E
 
+    # The sink is key -1, with score z and no value: the state after it is max = z, sum = 1, acc = 0.
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     running_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if HAS_SINKS:
+        z = tl.load(sinks + head).to(tl.float32) * LOG2E
+        running_max = tl.maximum(running_max, z)
+        running_sum = tl.exp2(z - running_max)
 
     if SPLIT:
         if HAS_WINDOW or PACKED:
@@ -152,17 +155,10 @@ def forward_kernel(
         end, kv_len, stride_kn, stride_vn, qk_scale, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
     )  # fmt: skip
 
-    rescale = running_sum * 0.0 + 1.0
-    if HAS_SINKS:
-        # The sink is one more key, with score z and no value. It comes last, when its load has long arrived.
-        new_max = tl.maximum(running_max, z)
-        rescale = tl.exp2(running_max - new_max)
-        running_sum = running_sum * rescale + tl.exp2(z - new_max)
-        running_max = new_max
     # Neither key nor sink: sum = 0, o = 0, lse = -inf.
     empty = running_sum == 0.0
     running_sum = tl.where(empty, 1.0, running_sum)
-    acc = acc * (rescale / running_sum)[:, None]
+    acc = acc / running_sum[:, None]
     row_lse = tl.where(empty, float("-inf"), (running_max + tl.log2(running_sum)) * LN2)
     out_ptrs = out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=stored)

@@ -1,5 +1,7 @@
 """Launches the kernels of hopper.py and hopper_window.py, where the tensors are such as they take."""
 
+import functools
+
 import torch
 import triton
 from triton.experimental.gluon import language as gl
@@ -13,29 +15,39 @@ HEAD_DIM, WIDTH, TILE = hopper.HEAD_DIM.value, hopper.WIDTH.value, hopper.TILE.v
 STAGES = {128: 3, 64: 6}  # of the forward kernel, by keys of a tile
 DQ_KEYS, DQ_STAGES = 64, 4
 DKDV_QUERIES, DKDV_STAGES = 64, 4
+LEAST = 1024  # queries of all rows together
 
 
 def supports(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take these (batch, heads, length, head_dim) tensors, of which the first has the queries.
 
-    That is head_dim 64, 16 bits, and bases and strides of whole 16 bytes, as TMA reads them. Fewer rows than a warp
-    group has leave most of a tile empty: decoding is for the other kernels.
+    That is head_dim 64, 16 bits, and bases and strides of whole 16 bytes, as TMA reads them. With fewer than LEAST
+    queries what counts is the time of the host, and descriptors take some.
     """
-    return tensors[0].shape[2] >= WIDTH and all(
-        x.shape[3] == HEAD_DIM
-        and x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
-        for x in tensors
-    )
+    return tensors[0].shape[0] * tensors[0].shape[2] >= LEAST and all(map(_readable, tensors))
+
+
+def _readable(x: torch.Tensor) -> bool:
+    if x.shape[3] != HEAD_DIM or x.element_size() != 2 or x.data_ptr() % 16:
+        return False
+    a, b, c, _ = x.stride()
+    if a > 0 and b > 0 and c > 0 and not (a | b | c) % 8:
+        return True
+    # The stride of a dimension of one element may be anything.
+    return all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride(), strict=False))
+
+
+@functools.cache
+def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, rank)
 
 
 def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    bits = x.element_size() * 8
-    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, len(block))
-    # The stride of a dimension of one element may be anything; TMA wants whole 16 bytes.
-    strides = [stride if size > 1 else HEAD_DIM for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], list(block), layout)
+    made = object.__new__(TensorDescriptor)  # its own checks, which `supports` has made, take longer than a launch
+    made.base, made.shape, made.block_shape = x, list(x.shape), list(block)
+    made.strides = [s if n > 1 else HEAD_DIM for n, s in zip(made.shape[:-1], x.stride(), strict=False)] + [1]
+    made.layout = _layout(x.element_size() * 8, len(block))
+    return made
 
 
 def launch_forward(q, k, v, sinks, out, lse, scale, window, cu_seqlens, padding) -> None:
