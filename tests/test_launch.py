@@ -50,6 +50,11 @@ def on_gpu(*shape, dtype=torch.float32, offset=0):
     return torch.zeros(64, dtype=dtype)[offset:].as_subclass(OnGPU)
 
 
+def descriptor(length=7, rows=64, dtype=torch.bfloat16):
+    """Looks like a TMA descriptor."""
+    return SimpleNamespace(base=on_gpu(dtype=dtype), shape=[length, 64], block_shape=[rows, 64])
+
+
 @pytest.mark.parametrize(
     "change, compiled",
     [
@@ -64,13 +69,16 @@ def on_gpu(*shape, dtype=torch.float32, offset=0):
         ({3: 1}, True),
         ({3: 2**31}, False),
         ({4: 2.5}, True),
+        ({5: descriptor(length=9)}, True),
+        ({5: descriptor(rows=128)}, False),
+        ({5: descriptor(dtype=torch.float16)}, False),
         ({"BLOCK": 32}, False),
         ({"num_warps": 8}, False),
     ],
 )
 def test_like_launches_share_a_kernel(change, compiled):
-    kernel = Kernel(False, False, False, True, False)
-    args = [on_gpu(), None, 0, 5, 1.5]
+    kernel = Kernel(False, False, False, True, False, False)
+    args = [on_gpu(), None, 0, 5, 1.5, descriptor()]
     launch(kernel, (7, 3), tuple(args), {"BLOCK": 16}, num_warps=4)
     assert kernel.calls == [((7, 3), tuple(args), {"BLOCK": 16, "num_warps": 4})]
     named = {"BLOCK": 16, "num_warps": 4}
@@ -90,14 +98,14 @@ def test_memory_of_launches_is_bounded(monkeypatch):
 
 
 def test_kernels_keep_their_constants_last():
-    from gptoss_kernels.attention import backward, forward
+    from gptoss_kernels.attention import backward, forward, hopper
     from gptoss_kernels.experts import backward as experts_backward
     from gptoss_kernels.experts import forward as experts_forward
     from gptoss_kernels.layers import loss, rms_norm, rope
 
-    modules = (forward, backward, experts_forward, experts_backward, loss, rms_norm, rope)
+    modules = (forward, backward, hopper, experts_forward, experts_backward, loss, rms_norm, rope)
     kernels = {name: value for m in modules for name, value in vars(m).items() if name.endswith("_kernel")}
-    assert len(kernels) == 12
+    assert len(kernels) == 14
     for name, kernel in kernels.items():
         annotations = list(kernel.fn.__annotations__)
         names = list(kernel.arg_names)
