@@ -1,4 +1,5 @@
-"""Tile sizes: a static table by architecture class, head_dim and dtype. No search at the first call.
+"""Tile sizes: a static table by architecture class, head_dim and dtype. No search at the first call. And which GPUs
+have kernels of their own.
 
 GPTOSS_AUTOTUNE=1 times `CANDIDATES` at the first launch of each (kernel, architecture, head_dim, dtype, window) and
 prints the row to paste into `TABLE`. Every row must pass the offline-compile tests (shared memory, spills).
@@ -102,7 +103,7 @@ def _device_architecture(index: int) -> str:
 
 @functools.cache
 def _hopper_launch(index: int):
-    if _device_architecture(index) != "hopper":
+    if _device_architecture(index) != "hopper" or os.environ.get("GPTOSS_GLUON") == "0":
         return None
     try:
         from . import hopper_launch
@@ -112,7 +113,8 @@ def _hopper_launch(index: int):
 
 
 def hopper_kernels(*tensors: torch.Tensor):
-    """The module hopper_launch if its kernels take these tensors on their GPU, else None."""
+    """The module hopper_launch if its kernels take these tensors on their GPU, else None. GPTOSS_GLUON=0, read at the
+    first call, does without them."""
     module = _hopper_launch(tensors[0].device.index)
     return module if module is not None and module.supports(*tensors) else None
 
