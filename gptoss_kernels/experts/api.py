@@ -3,6 +3,8 @@
 import torch
 
 from ..backends import DTYPES, check_triton, default_backend, names
+from ..mxfp4.packed import PackedExperts
+from ..mxfp4.reference import dequantize
 from .reference import experts_reference
 
 BACKENDS = ("auto", "triton", "reference")
@@ -10,9 +12,9 @@ BACKENDS = ("auto", "triton", "reference")
 
 def fused_experts(
     x: torch.Tensor,
-    gate_up_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | PackedExperts,
     gate_up_proj_bias: torch.Tensor,
-    down_proj: torch.Tensor,
+    down_proj: torch.Tensor | PackedExperts,
     down_proj_bias: torch.Tensor,
     router_indices: torch.Tensor,
     routing_weights: torch.Tensor,
@@ -30,9 +32,11 @@ def fused_experts(
 
     Args:
         x: (tokens, hidden), fp16, bf16 or fp32.
-        gate_up_proj: (experts, hidden, 2 * intermediate), x's dtype.
+        gate_up_proj: (experts, hidden, 2 * intermediate), x's dtype; or `PackedExperts` of that shape: frozen MXFP4
+            weights, which are made dense one projection at a time, in a buffer that all layers of a device share, for
+            each product again. Results are bitwise those of the dense weights.
         gate_up_proj_bias: (experts, 2 * intermediate), any floating dtype.
-        down_proj: (experts, intermediate, hidden), x's dtype.
+        down_proj: (experts, intermediate, hidden), x's dtype; or packed.
         down_proj_bias: (experts, hidden), any floating dtype.
         router_indices: (tokens, top_k), integers in 0 … experts; the value `experts` is Transformers' sentinel, and
             its slot is skipped. Values are trusted.
@@ -65,28 +69,31 @@ def fused_experts(
         backend = default_backend(x)
     arguments = (x, *parameters.values(), router_indices, routing_weights)
     if backend == "reference":
+        arguments = (dequantize(a.blocks, a.scales, x.dtype) if isinstance(a, PackedExperts) else a for a in arguments)
         return experts_reference(*arguments, alpha=alpha, limit=limit)
     check_triton("x", x)
     from .autograd import triton_experts  # decorates the kernels: not before the first launch
 
-    return triton_experts(*(argument.contiguous() for argument in arguments), float(alpha), float(limit))
+    arguments = (a if isinstance(a, PackedExperts) else a.contiguous() for a in arguments)
+    return triton_experts(*arguments, float(alpha), float(limit))
 
 
 def _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend) -> None:
     tensors = {"x": x, **parameters, "router_indices": router_indices, "routing_weights": routing_weights}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
+        packed = name in ("gate_up_proj", "down_proj") and isinstance(tensor, PackedExperts)
+        if not packed and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-        if name != "router_indices" and not tensor.is_floating_point():
+        if name != "router_indices" and not packed and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if x.dtype not in DTYPES and not (x.dtype == torch.float64 and backend == "reference"):
         raise TypeError(f"x: expected one of {names(DTYPES)}, got {x.dtype}")
     for name in ("gate_up_proj", "down_proj"):
-        if parameters[name].dtype != x.dtype:
+        if parameters[name].dtype != x.dtype and not isinstance(parameters[name], PackedExperts):
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {parameters[name].dtype}")
     if router_indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"router_indices: expected torch.int32 or torch.int64, got {router_indices.dtype}")
