@@ -40,6 +40,15 @@ class ModelArguments(ModelConfig):
             "choices": ["pretrained", "random"],
         },
     )
+    base_weights: str = field(
+        default="bf16",
+        metadata={
+            "help": "The experts' weights under adapters: 'bf16' dequantizes an MXFP4 checkpoint on load; 'mxfp4' "
+            "keeps it as it is, a quarter of the memory, and dequantizes a layer when it computes. The numbers are the "
+            "same.",
+            "choices": ["mxfp4", "bf16"],
+        },
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer, a name or a folder. Default: the model's own; data/tokenizer for random ones."},
