@@ -5,7 +5,7 @@ import torch
 from ..backends import DTYPES, check_triton, default_backend, names
 from ..mxfp4.packed import PackedExperts
 from ..mxfp4.reference import dequantize
-from .reference import experts_reference
+from .reference import ExpertsLoRA, experts_reference
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -21,6 +21,8 @@ def fused_experts(
     *,
     alpha: float = 1.702,
     limit: float = 7.0,
+    gate_up_lora: ExpertsLoRA | None = None,
+    down_lora: ExpertsLoRA | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """gpt-oss's mixture of experts: y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e = router_indices[t, k].
@@ -42,6 +44,8 @@ def fused_experts(
             its slot is skipped. Values are trusted.
         routing_weights: (tokens, top_k), any floating dtype (its gradient has it too).
         alpha, limit: of the activation.
+        gate_up_lora, down_lora: an adapter for each expert, (a, b, scaling) as `ExpertsLoRA` says: x W becomes
+            x W + scaling (x A^T) B^T, differentiable in a and b. The four parameters must then be frozen.
         backend: "triton"; "reference" (plain PyTorch, every expert on every token); "auto": triton on a GPU, and on
             the CPU under TRITON_INTERPRET=1 for fp32 and fp16; otherwise reference.
 
@@ -65,17 +69,28 @@ def fused_experts(
         "down_proj_bias": down_proj_bias,
     }
     _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend)
+    adapted = {"gate_up_lora": gate_up_lora, "down_lora": down_lora}
+    _check_adapters(x, parameters, adapted)
     if backend == "auto":
         backend = default_backend(x)
     arguments = (x, *parameters.values(), router_indices, routing_weights)
     if backend == "reference":
         arguments = (dequantize(a.blocks, a.scales, x.dtype) if isinstance(a, PackedExperts) else a for a in arguments)
-        return experts_reference(*arguments, alpha=alpha, limit=limit)
+        return experts_reference(*arguments, alpha=alpha, limit=limit, **adapted)
     check_triton("x", x)
-    from .autograd import triton_experts  # decorates the kernels: not before the first launch
+    x, w1, b1, w2, b2, router_indices, routing_weights = (
+        a if isinstance(a, PackedExperts) else a.contiguous() for a in arguments
+    )
+    (w1, s1), (w2, s2) = ((w.blocks, w.scales) if isinstance(w, PackedExperts) else (w, None) for w in (w1, w2))
+    arguments = (x, w1, b1, w2, b2, router_indices, routing_weights, float(alpha), float(limit))
+    # These imports decorate the kernels: not before the first launch.
+    if gate_up_lora is None and down_lora is None:
+        from .autograd import triton_experts
 
-    arguments = (a if isinstance(a, PackedExperts) else a.contiguous() for a in arguments)
-    return triton_experts(*arguments, float(alpha), float(limit))
+        return triton_experts(*arguments, s1, s2)
+    from .lora import triton_lora_experts
+
+    return triton_lora_experts(*arguments, gate_up_lora, down_lora, s1, s2)
 
 
 def _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend) -> None:
@@ -133,3 +148,28 @@ def _check_arguments(x, parameters, router_indices, routing_weights, alpha, limi
             f"x, gate_up_proj: expected hidden and intermediate in multiples of 8 for bfloat16 on a GPU (torch's "
             f"grouped_mm), got hidden={hidden}, intermediate={width // 2}"
         )
+
+
+def _check_adapters(x, parameters, adapted) -> None:
+    if all(lora is None for lora in adapted.values()):
+        return
+    for name, weight in parameters.items():
+        if weight.requires_grad:
+            raise ValueError(f"{name}: expected frozen parameters beside gate_up_lora and down_lora, got requires_grad")
+    for name, lora in adapted.items():
+        if lora is None:
+            continue
+        if not isinstance(lora, tuple) or len(lora) != 3 or not all(isinstance(t, torch.Tensor) for t in lora[:2]):
+            raise TypeError(f"{name}: expected ExpertsLoRA(a, b, scaling), got {type(lora).__name__}")
+        experts, columns, rows = parameters[name.replace("lora", "proj")].shape
+        a, b, _ = lora
+        rank = a.shape[1] if a.dim() == 3 else 0
+        if a.shape != (experts, rank, columns) or b.shape != (experts, rows, rank) or rank < 1:
+            raise ValueError(
+                f"{name}: expected a ({experts}, rank, {columns}) and b ({experts}, {rows}, rank), "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.device != x.device or b.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {a.device} and {b.device}")
+        if not a.is_floating_point() or not b.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point tensors, got {a.dtype} and {b.dtype}")

@@ -8,7 +8,6 @@ import torch
 
 from ..keep import kept
 from ..mxfp4.buffer import dense
-from ..mxfp4.packed import PackedExperts
 from ..operators import implements, unwatched
 from .backward import expert_sum, launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
@@ -151,7 +150,6 @@ class _FusedExperts(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 5
 
 
-def triton_experts(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit):
-    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`."""
-    (w1, s1), (w2, s2) = ((w.blocks, w.scales) if isinstance(w, PackedExperts) else (w, None) for w in (w1, w2))
+def triton_experts(x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, s1=None, s2=None):
+    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`. s1, s2: scales of packed weights."""
     return _FusedExperts.apply(x, w1, b1, w2, b2, routing_weights, router_indices, alpha, limit, s1, s2)

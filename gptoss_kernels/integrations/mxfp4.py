@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from ..backends import default_backend
+from ..experts.reference import ExpertsLoRA
 from ..mxfp4.packed import PackedExperts
 from ..mxfp4.reference import BYTES, GROUP, dequantize
 from .transformers import NAME, experts_forward
@@ -22,7 +23,7 @@ class PackedGptOssExperts(GptOssExperts):
 
     experts_implementation="gptoss_triton" computes from the packed weights. Every other implementation, and this one
     where Triton does not run, gets this layer's weights made dense, and again in the backward pass: no dense weight
-    outlives its layer.
+    outlives its layer. PEFT can target both projections (target_parameters); `patch_gpt_oss` then runs the adapters.
 
     Args:
         config: a GptOssConfig; hidden_size and intermediate_size in multiples of 32.
@@ -46,25 +47,38 @@ class PackedGptOssExperts(GptOssExperts):
 
     @property
     def gate_up_proj(self) -> PackedExperts:
-        return PackedExperts(self.gate_up_proj_blocks, self.gate_up_proj_scales)
+        return PackedExperts(self.gate_up_proj_blocks, self.gate_up_proj_scales, self.gate_up_proj_bias.dtype)
 
     @property
     def down_proj(self) -> PackedExperts:
-        return PackedExperts(self.down_proj_blocks, self.down_proj_scales)
+        return PackedExperts(self.down_proj_blocks, self.down_proj_scales, self.down_proj_bias.dtype)
 
-    def forward(self, hidden_states, router_indices=None, routing_weights=None):
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        # PEFT looks for the parameters that an adapter may target by asking each module for its own, in this order.
+        own = dict(super().named_parameters(prefix, recurse, remove_duplicate))
+        if not recurse:
+            dot = f"{prefix}." if prefix else ""
+            own = {f"{dot}{name}": getattr(self, name) for name in PROJECTIONS} | own
+        yield from own.items()
+
+    def forward(self, hidden_states, router_indices=None, routing_weights=None, **adapters: ExpertsLoRA):
+        """Transformers' forward; adapters may be gate_up_lora and down_lora, as `fused_experts` takes them."""
+        inputs = hidden_states, router_indices, routing_weights
         if self.config._experts_implementation == NAME and default_backend(hidden_states) == "triton":
-            return experts_forward(self, hidden_states, router_indices, routing_weights)
-        return checkpoint(self._forward_dense, hidden_states, router_indices, routing_weights, use_reentrant=False)
+            return experts_forward(self, *inputs, **adapters)
+        return checkpoint(self._forward_dense, *inputs, adapters, use_reentrant=False)
 
-    def _forward_dense(self, *inputs):
+    def _forward_dense(self, hidden_states, router_indices, routing_weights, adapters):
         layer = copy.copy(self)
         layer.__class__ = GptOssExperts
-        dtype = self.gate_up_proj_bias.dtype
         for name in PROJECTIONS:
             packed = getattr(self, name)
-            vars(layer)[name] = dequantize(packed.blocks, packed.scales, dtype)
-        return layer(*inputs)
+            weight = dequantize(packed.blocks, packed.scales, packed.dtype)
+            if lora := adapters.get(name.replace("proj", "lora")):
+                a, b, scaling = lora
+                weight = torch.baddbmm(weight, a.mT.to(weight.dtype), b.mT.to(weight.dtype), alpha=scaling)
+            vars(layer)[name] = weight
+        return layer(hidden_states, router_indices, routing_weights)
 
 
 def pack_experts(model: torch.nn.Module) -> torch.nn.Module:

@@ -11,18 +11,18 @@ class PackedExperts:
     Args:
         blocks: uint8 (experts, out, in / 32, 16), two codes a byte with the first in the low nibble.
         scales: uint8 (experts, out, in / 32), exponents of two plus 127.
+        dtype: of the model around them, which PEFT gives adapters; the weights are exact in bf16 and fp32.
 
-    Both are kept as they are, and are not copied unless they are not contiguous.
+    The tensors are kept as they are, and are not copied unless they are not contiguous.
 
     Raises:
         TypeError: another dtype than uint8.
         ValueError: shapes or devices that do not fit together.
     """
 
-    dtype = torch.bfloat16  # which holds every value exactly
     requires_grad = False
 
-    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16):
         for name, tensor in (("blocks", blocks), ("scales", scales)):
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8:
                 got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -33,7 +33,7 @@ class PackedExperts:
             raise ValueError(f"scales: expected shape {tuple(blocks.shape[:3])}, got {tuple(scales.shape)}")
         if scales.device != blocks.device:
             raise ValueError(f"scales: expected the device of blocks {blocks.device}, got {scales.device}")
-        self.blocks, self.scales = blocks.contiguous(), scales.contiguous()
+        self.blocks, self.scales, self.dtype = blocks.contiguous(), scales.contiguous(), dtype
 
     @property
     def shape(self) -> torch.Size:
