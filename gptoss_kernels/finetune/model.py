@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-import gptoss_kernels  # noqa: F401  (registers attn_implementation="gptoss_triton")
+from gptoss_kernels import patch_gpt_oss  # the package registers attn_implementation="gptoss_triton"
 
-from ..integrations.mxfp4 import pack_experts
+from ..integrations.mxfp4 import pack_experts, packed_parameters
 from ..mxfp4.read import INDEX, read_tensors, weight_files
 from ..mxfp4.reference import MAGNITUDES
 from .errors import SetupError
@@ -234,9 +234,24 @@ def load_checkpoint(
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """The model with the LoRA adapter in a folder; SetupError where there is none that fits."""
     try:
-        return PeftModel.from_pretrained(model, path)
+        adapted = PeftModel.from_pretrained(model, path)
     except Exception as error:  # a missing file, bad JSON, other shapes: no common base class
         raise SetupError(f"adapter: cannot load {path}: {_line(error)}") from error
+    if packed_parameters(model):
+        patch_gpt_oss(adapted, attention=False, experts=False, rms_norm=False, rope=False)
+    return adapted
+
+
+def census(model: torch.nn.Module) -> dict[str, int]:
+    """Number of trained parameters by part of the model: attention, experts, router, others. Parts without are left
+    out."""
+    parts = {"self_attn": "attention", "experts": "experts", "router": "router"}
+    counts = dict.fromkeys((*parts.values(), "others"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((part for word, part in parts.items() if word in name.split(".")), "others")
+            counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
 
 
 def count_parameters(config: PreTrainedConfig) -> int:

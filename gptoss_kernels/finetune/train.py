@@ -21,6 +21,7 @@ from .errors import SetupError
 from .loss import fuse_loss
 from .model import (
     build_random,
+    census,
     count_packed_bytes,
     count_parameters,
     load_checkpoint,
@@ -199,6 +200,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     if model_args.fused_layers:
         patch_gpt_oss(trainer.model, attention=False, experts=False)
         fuse_loss(model)
+    elif model_args.base_weights == "mxfp4":  # PEFT's own adapters on experts need dense ones
+        patch_gpt_oss(trainer.model, attention=False, experts=False, rms_norm=False, rope=False)
     if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
         tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
         trainer.add_callback(Recomputation(model, run_args.recomputation, tokens))
@@ -209,6 +212,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     parameters = model.num_parameters() + packed_parameters(model)
     say(f"model: {model_args.model_name_or_path}, {parameters:,} parameters, {trained:,} trained")
+    say(f"trained: {', '.join(f'{part} {count:,}' for part, count in census(trainer.model).items())}")
     say(f"{attention}, {queries.dtype}, on {training.device}")
     bigram = bigram_entropy(train_data, test_data) if test_data else None
 

@@ -109,23 +109,23 @@ def test_random_packed_weights(shapes):
         assert torch.isfinite(one(torch.arange(8)[None]).logits).all()
 
 
-def run(settings, output, **keys):
-    """Two steps of LoRA on attention and an evaluation."""
-    return train.run(
+def run(settings, output, **keys) -> list[float]:
+    """Two steps of LoRA with recomputation; their losses."""
+    train.run(
         settings(
             use_peft="true",
-            lora_target_modules="all-linear",
             lora_dropout=0.0,
             output_dir=str(output),
             max_steps=2,
-            eval_strategy="steps",
-            eval_steps=2,
+            max_length=160,
             tokenizer_name="data/tokenizer",
             gradient_checkpointing="true",
             gradient_checkpointing_kwargs='{"use_reentrant": false}',
-            **keys,
+            **({"lora_targets": ["attention"]} | keys),
         )
     )
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in log if "loss" in entry]
 
 
 def test_a_run_over_packed_weights(settings, tmp_path, capsys):
@@ -133,11 +133,11 @@ def test_a_run_over_packed_weights(settings, tmp_path, capsys):
     losses, adapters = [], []
     for base in ("bf16", "mxfp4"):
         keys = {"model_name_or_path": PACKED, "model_init": "pretrained", "base_weights": base}
-        losses.append(run(settings, tmp_path / base, **keys).last_loss)
+        losses.append(run(settings, tmp_path / base, **keys))
         adapters.append(load_file(tmp_path / base / "adapter_model.safetensors"))
     said = re.findall("([0-9,]+) parameters, ([0-9,]+) trained", capsys.readouterr().out)
     assert len(said) == 2 and said[0] == said[1], "packed weights count as weights"
-    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
     config = load_config(PACKED)
@@ -151,10 +151,22 @@ def test_a_run_over_packed_weights(settings, tmp_path, capsys):
         assert not torch.equal(one, loaded[1].unload()(torch.arange(16)[None]).logits)
 
 
-def test_a_run_over_random_packed_weights(settings, tmp_path):
-    result = run(settings, tmp_path, base_weights="mxfp4", model_init="random")
-    assert 0 < result.last_loss < 10
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_adapters_on_all_parts_over_random_packed_weights(settings, tmp_path, capsys, fused):
+    keys = {"base_weights": "mxfp4", "model_init": "random", "fused_layers": fused}
+    losses = run(settings, tmp_path, lora_targets=["attention", "experts", "router"], **keys)
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    # Rank 16 on 2 layers: q, k, v, o; 4 experts' projections; router.
+    attention = 16 * 2 * (64 + 64 + 2 * (64 + 32) + 64 + 64)
+    experts, router = 16 * 2 * 4 * (64 + 128 + 64 + 64), 16 * 2 * (64 + 4)
+    assert f"trained: attention {attention:,}, experts {experts:,}, router {router:,}\n" in capsys.readouterr().out
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(x.numel() for x in saved.values()) == attention + experts + router
+    assert all(x.abs().max() > 0 for name, x in saved.items() if "lora_B" in name), "every adapter has learnt"
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(described["target_parameters"]) == [
+        "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.router.weight",
+    ]  # fmt: skip
 
 
 def test_runs_that_cannot_keep_packed_weights(settings):
