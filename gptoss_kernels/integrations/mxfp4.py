@@ -75,8 +75,9 @@ class PackedGptOssExperts(GptOssExperts):
             packed = getattr(self, name)
             weight = dequantize(packed.blocks, packed.scales, packed.dtype)
             if lora := adapters.get(name.replace("proj", "lora")):
-                a, b, scaling = lora
-                weight = torch.baddbmm(weight, a.mT.to(weight.dtype), b.mT.to(weight.dtype), alpha=scaling)
+                with torch.autocast(weight.device.type, enabled=False):
+                    factors = (x.mT.to(weight.dtype) for x in lora[:2])
+                    weight = torch.baddbmm(weight, *factors, alpha=lora.scaling)
             vars(layer)[name] = weight
         return layer(hidden_states, router_indices, routing_weights)
 

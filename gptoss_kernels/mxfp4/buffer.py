@@ -26,3 +26,8 @@ def dense(weight: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype)
     out = _buffers[key][:size].view(dtype).view(experts, groups * GROUP, rows)
     launch_dequantize(weight, scales, out)
     return out
+
+
+def release() -> None:
+    """Frees the buffers of all devices; the next packed layer makes a new one."""
+    _buffers.clear()

@@ -18,6 +18,7 @@ from gptoss_kernels.finetune.model import (
     load_config,
     load_packed,
 )
+from gptoss_kernels.finetune.sample import stream
 from gptoss_kernels.integrations.mxfp4 import PROJECTIONS, packed_parameters
 from gptoss_kernels.mxfp4.reference import dequantize
 
@@ -117,7 +118,7 @@ def run(settings, output, **keys) -> list[float]:
             lora_dropout=0.0,
             output_dir=str(output),
             max_steps=2,
-            max_length=160,
+            max_length=96,
             tokenizer_name="data/tokenizer",
             gradient_checkpointing="true",
             gradient_checkpointing_kwargs='{"use_reentrant": false}',
@@ -167,6 +168,14 @@ def test_adapters_on_all_parts_over_random_packed_weights(settings, tmp_path, ca
     assert sorted(described["target_parameters"]) == [
         "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.router.weight",
     ]  # fmt: skip
+
+
+def test_generation_over_packed_weights():
+    keys = dict(adapter=None, prompt="Anna has 3 apples and buys 4 more. How many?", system=None, max_new_tokens=12,
+                temperature=0.0, reasoning_effort="medium", conversation_date="2025-06-28", dtype="float32",
+                attn_implementation="gptoss_triton")  # fmt: skip
+    replies = [stream(PACKED, base_weights=base, **keys) for base in ("bf16", "mxfp4")]
+    assert replies[0] == replies[1] and len(replies[0]) > 20
 
 
 def test_runs_that_cannot_keep_packed_weights(settings):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from gptoss_kernels import patch_gpt_oss, unpatch_gpt_oss
+from gptoss_kernels import fused_experts, patch_gpt_oss, unpatch_gpt_oss
 from gptoss_kernels.integrations.mxfp4 import PROJECTIONS, pack_experts
 from gptoss_kernels.mxfp4.reference import dequantize, quantize
 
@@ -84,6 +84,44 @@ def test_kernels_compute_what_peft_does():
         assert torch.equal(a, b)
     unpatch_gpt_oss(dense)
     assert all(torch.equal(a, b) for a, b in zip(results(layer(dense)), want, strict=True))
+
+
+def test_the_kernels_are_what_computes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "gptoss_kernels.integrations.transformers.fused_experts",
+        lambda *args, **kwargs: calls.append(sorted(kwargs)) or fused_experts(*args, **kwargs),
+    )
+    for model in models():
+        results(layer(patch_gpt_oss(adapted(model), attention=False, rope=False)))
+    assert calls == 2 * [["alpha", "down_lora", "gate_up_lora", "limit"]]
+
+
+@pytest.mark.gpu
+def test_twenty_steps_are_peft_own():
+    losses = []
+    for which, patched in ((0, False), (0, True), (1, True)):
+        model = adapted(models()[which])
+        if patched:
+            patch_gpt_oss(model, attention=False, rope=False)
+        losses.append(train(model, 20))
+    assert losses[0][-1] < losses[0][0] - 0.4
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    assert torch.equal(losses[2], losses[1])
+
+
+def train(model, steps: int) -> torch.Tensor:
+    """Losses of AdamW steps on one batch."""
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 def test_without_triton_packed_weights_give_what_peft_gives(on_the_reference):
