@@ -118,7 +118,7 @@ def run(settings, output, **keys) -> list[float]:
             lora_dropout=0.0,
             output_dir=str(output),
             max_steps=2,
-            max_length=96,
+            max_length=160,
             tokenizer_name="data/tokenizer",
             gradient_checkpointing="true",
             gradient_checkpointing_kwargs='{"use_reentrant": false}',
