@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--reasoning_effort", choices=["low", "medium", "high"], default="medium")
     parser.add_argument("--conversation_date", default="2025-06-28", help="default: %(default)s, as in training")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
+    parser.add_argument("--base_weights", choices=["mxfp4", "bf16"], default="bf16", help="mxfp4: the experts of an "
+                        "MXFP4 checkpoint stay packed, a quarter of the memory (default: %(default)s)")  # fmt: skip
     parser.add_argument("--attn_implementation", default="gptoss_triton", help="default: %(default)s")
     args = parser.parse_args()
 

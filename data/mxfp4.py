@@ -1,4 +1,4 @@
-"""OpenAI's MXFP4 layout, written: 32 weights share a power of two, each is one of eight magnitudes with a sign."""
+"""The small model's weights in OpenAI's MXFP4 layout: rounded while it is pretrained, and written beside bf16."""
 
 import json
 import shutil
@@ -6,41 +6,14 @@ from pathlib import Path
 
 import torch
 
-GROUP = 32
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+from gptoss_kernels.mxfp4.reference import dequantize, quantize
+
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest MXFP4 weight; the group's power of two is the largest that its greatest weight does not fall below 4.
-
-    Args:
-        weight: (experts, in, out) as Transformers keeps it, in a multiple of 32; any floating dtype.
-
-    Returns:
-        blocks uint8 (experts, out, in / 32, 16), two codes a byte with the first in the low nibble, and
-        scales uint8 (experts, out, in / 32), exponents of two plus 127.
-    """
-    groups = weight.detach().float().mT.unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
-    exponent = torch.frexp(groups.abs().amax(-1)).exponent - 3  # the greatest weight lies in [4, 8) after division
-    exponent = exponent.clamp(-126, 127)
-    scaled = groups * torch.exp2(-exponent.float())[..., None]
-    magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
-    codes = torch.bucketize(scaled.abs().contiguous(), (magnitudes[1:] + magnitudes[:-1]) / 2)
-    codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
-
-
-def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weight that `quantize`'s results mean: (experts, in, out) fp32, exact in bf16."""
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()  # [experts, out, in / 32, 32]
-    values = torch.tensor((*MAGNITUDES, *(-x for x in MAGNITUDES)), device=blocks.device)[codes]
-    return (values * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).mT
 
 
 def straight_through(weight: torch.Tensor) -> torch.Tensor:
     """The weight rounded to MXFP4, whose gradient is taken as the weight's own."""
-    return dequantize(*quantize(weight)) + (weight - weight.detach())
+    return dequantize(*quantize(weight), torch.float32) + (weight - weight.detach())
 
 
 def write_twin(source: Path, target: Path) -> None:

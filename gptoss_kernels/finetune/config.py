@@ -12,6 +12,13 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from .harmony import Rendering
 
+# What PEFT is told of each part: linear layers for attention, parameters for the others.
+LORA_TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "router": ["mlp.router.weight"],
+}
+
 
 @dataclass
 class ModelArguments(ModelConfig):
@@ -43,10 +50,44 @@ class ModelArguments(ModelConfig):
             "choices": ["pretrained", "random"],
         },
     )
+    base_weights: str = field(
+        default="bf16",
+        metadata={
+            "help": "The experts' weights under adapters: 'bf16' dequantizes an MXFP4 checkpoint on load; 'mxfp4' "
+            "keeps it as it is, a quarter of the memory, and dequantizes a layer when it computes. The numbers are the "
+            "same.",
+            "choices": ["mxfp4", "bf16"],
+        },
+    )
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which parts get adapters: attention (q, k, v, o), experts (both projections, an adapter for each "
+            "expert), router. In the place of lora_target_modules and lora_target_parameters.",
+            "choices": ["attention", "experts", "router"],
+        },
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer, a name or a folder. Default: the model's own; data/tokenizer for random ones."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_targets is None:
+            return
+        for key in ("lora_target_modules", "lora_target_parameters"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"lora_targets: expected without {key}, which names the same, got both")
+        parameters = [
+            name for part in ("experts", "router") if part in self.lora_targets for name in LORA_TARGETS[part]
+        ]
+        if parameters and self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout: expected 0 with adapters on experts or router (PEFT has none), got {self.lora_dropout}"
+            )
+        self.lora_target_modules = LORA_TARGETS["attention"] if "attention" in self.lora_targets else None
+        self.lora_target_parameters = parameters or None
 
 
 @dataclass

@@ -1,14 +1,26 @@
-"""The model of a run: a checkpoint (MXFP4 dequantized on load), or random weights in real shapes."""
+"""The model of a run: a checkpoint (MXFP4 dequantized on load, or kept), or random weights in real shapes."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Mxfp4Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-import gptoss_kernels  # noqa: F401  (registers attn_implementation="gptoss_triton")
+from gptoss_kernels import patch_gpt_oss  # the package registers attn_implementation="gptoss_triton"
 
+from ..integrations.mxfp4 import pack_experts, packed_parameters
+from ..mxfp4.read import INDEX, read_tensors, weight_files
+from ..mxfp4.reference import MAGNITUDES
 from .errors import SetupError
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -46,6 +58,7 @@ def build_random(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    packed: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
     """A gpt-oss of the configuration's shapes with random weights, made in place on the device.
@@ -57,15 +70,13 @@ def build_random(
         config: a GptOssConfig.
         device, dtype: of every parameter.
         seed: of the weights.
+        packed: the experts are in MXFP4, drawn as such: uniform codes, and of two scales as many as it takes to give
+            the weights the same standard deviation.
         kwargs: attn_implementation and experts_implementation, as for `from_config`.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model = _without_weights(config, dtype, packed, kwargs)
     model.to_empty(device=device)
-    # The rotary frequencies are buffers that the constructor computes, and nothing was computed on "meta".
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.tie_weights()
+    _compute_buffers(model, device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,6 +87,93 @@ def build_random(
             else:
                 std = 1.0 if name.endswith("sinks") else config.initializer_range
                 parameter.normal_(0, std, generator=generator)
+        # Of numbers 2 ** low and 2 ** (low + 1) times those of the codes, the mean square is to be that of the range.
+        square = sum(x * x for x in MAGNITUDES) / len(MAGNITUDES)
+        wanted = config.initializer_range**2 / square
+        low = math.floor(math.log2(wanted) / 2)
+        share = (wanted / 4.0**low - 1) / 3
+        for name, buffer in model.named_buffers():
+            if name.endswith("_blocks"):
+                buffer.random_(0, 256, generator=generator)
+            elif name.endswith("_scales"):
+                buffer.bernoulli_(share, generator=generator).add_(127 + low)
+    return model.eval()
+
+
+def _without_weights(config, dtype, packed: bool, kwargs: dict) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    return pack_experts(model) if packed else model
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
+    """The rotary frequencies are buffers that the constructor computes, and nothing was computed on "meta"."""
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.tie_weights()
+
+
+def quantization_method(config: PreTrainedConfig) -> str | None:
+    """What the checkpoint says of its weights: "mxfp4", another method's name, or None."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return str(getattr(method, "value", method))
+
+
+def load_packed(
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str = "auto",
+    revision: str = "main",
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> PreTrainedModel:
+    """A model from an MXFP4 checkpoint whose experts stay as they are stored: 17/32 of a byte a weight, frozen.
+
+    Each tensor goes from its file to the device; the dense experts never exist, neither there nor on the host.
+
+    Args:
+        name, config, revision: as given to and returned by `load_config`.
+        dtype: of everything but the packed experts; "auto" keeps the checkpoint's.
+        device: of all.
+        kwargs: attn_implementation and experts_implementation, as for `from_config`.
+
+    Raises:
+        SetupError: the checkpoint is not in MXFP4, cannot be read, or does not hold all of the model's weights.
+    """
+    method = quantization_method(config)
+    if method != "mxfp4":
+        raise SetupError(f"base_weights: expected an MXFP4 checkpoint for mxfp4, {name} is {method or 'not quantized'}")
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    try:
+        model = _without_weights(config, dtype, True, kwargs)
+        folder = name
+        if not Path(name).is_dir():
+            # Not the copies in other formats that OpenAI keeps in folders beside it.
+            folder = snapshot_download(name, revision=revision, allow_patterns=["model*.safetensors", INDEX])
+        for file in weight_files(folder):
+            tensors = read_tensors([file], device)
+            tensors = {key: x.to(dtype) if x.is_floating_point() else x for key, x in tensors}
+            model.load_state_dict(tensors, strict=False, assign=True)
+        _compute_buffers(model, device)
+    except torch.OutOfMemoryError as error:
+        raise SetupError(f"model_name_or_path: the GPU is too small to hold {name}: {_line(error)}") from error
+    except Exception as error:  # safetensors, JSON, network and shape errors share no base class
+        raise SetupError(f"model_name_or_path: cannot read the checkpoint {name}: {_line(error)}") from error
+    missing = sorted(key for key, x in model.state_dict().items() if x.is_meta)
+    if missing:
+        raise SetupError(
+            f"model_name_or_path: the checkpoint {name} does not fit its config.json: {len(missing)} weights are "
+            f"missing ({', '.join(missing[:3])}, ...)"
+        )
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        pass  # it has none, and keeps what the configuration implies
     return model.eval()
 
 
@@ -99,11 +197,10 @@ def load_checkpoint(
     Raises:
         SetupError: the checkpoint cannot be read, or does not hold all of the model's weights.
     """
-    quantization = getattr(config, "quantization_config", None)
+    quantization = quantization_method(config)
     if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        if str(getattr(method, "value", method)) != "mxfp4":
-            raise SetupError(f"model_name_or_path: expected mxfp4 or no quantization, {name} is {method}")
+        if quantization != "mxfp4":
+            raise SetupError(f"model_name_or_path: expected mxfp4 or no quantization, {name} is {quantization}")
         kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -137,15 +234,36 @@ def load_checkpoint(
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """The model with the LoRA adapter in a folder; SetupError where there is none that fits."""
     try:
-        return PeftModel.from_pretrained(model, path)
+        adapted = PeftModel.from_pretrained(model, path)
     except Exception as error:  # a missing file, bad JSON, other shapes: no common base class
         raise SetupError(f"adapter: cannot load {path}: {_line(error)}") from error
+    if packed_parameters(model):
+        patch_gpt_oss(adapted, attention=False, experts=False, rms_norm=False, rope=False)
+    return adapted
+
+
+def census(model: torch.nn.Module) -> dict[str, int]:
+    """Number of trained parameters by part of the model: attention, experts, router, others. Parts without are left
+    out."""
+    parts = {"self_attn": "attention", "experts": "experts", "router": "router"}
+    counts = dict.fromkeys((*parts.values(), "others"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((part for word, part in parts.items() if word in name.split(".")), "others")
+            counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
     """Number of parameters of the configuration's model, counted without allocating it."""
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).parameters())
+
+
+def count_packed_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the configuration's model with its experts in MXFP4, counted without allocating it."""
+    model = _without_weights(config, dtype, True, {})
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def _line(error: BaseException) -> str:

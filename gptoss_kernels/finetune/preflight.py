@@ -41,6 +41,10 @@ def check_settings(arguments: Arguments) -> None:
         raise SetupError(
             "load_in_8bit, load_in_4bit: not for gpt-oss, whose experts are no Linear layers and would stay as they are"
         )
+    if model.base_weights == "mxfp4" and not model.use_peft:
+        raise SetupError(
+            "base_weights: mxfp4 weights are frozen; train adapters over them (use_peft), or all weights from bf16"
+        )
     for key, served, what in UNSERVED:
         if (value := getattr(training, key)) not in served:
             raise SetupError(f"{key}: expected {' or '.join(map(repr, served))}, got {value!r}; {what}")

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from . import harmony
 from .data import load_tokenizer
 from .errors import SetupError
-from .model import load_adapter, load_checkpoint, load_config
+from .model import load_adapter, load_checkpoint, load_config, load_packed
 
 
 @torch.no_grad()
@@ -70,6 +70,7 @@ def stream(
     conversation_date: str,
     dtype: str,
     attn_implementation: str,
+    base_weights: str = "bf16",
 ) -> str:
     """Loads a model, with an adapter or without, and prints its reply to a prompt token by token.
 
@@ -83,9 +84,14 @@ def stream(
         raise SetupError(str(error)) from None
     config = load_config(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_checkpoint(
-        model, config, dtype=dtype, device_map={"": device}, attn_implementation=attn_implementation
-    )
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    if base_weights == "mxfp4":
+        keys = {"attn_implementation": attn_implementation, "experts_implementation": "gptoss_triton"}
+        network = load_packed(model, config, dtype=dtype, device=device, **keys)
+    else:
+        network = load_checkpoint(
+            model, config, dtype=dtype, device_map={"": device}, attn_implementation=attn_implementation
+        )
     if adapter is not None:
         network = load_adapter(network, adapter)
     tokenizer = load_tokenizer(model, conversation_date=conversation_date)

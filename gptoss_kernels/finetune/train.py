@@ -12,13 +12,22 @@ from trl import SFTTrainer, get_peft_config
 
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
+from gptoss_kernels.integrations.mxfp4 import packed_parameters
 
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
 from .errors import SetupError
 from .loss import fuse_loss
-from .model import build_random, count_parameters, load_checkpoint, load_config
+from .model import (
+    build_random,
+    census,
+    count_packed_bytes,
+    count_parameters,
+    load_checkpoint,
+    load_config,
+    load_packed,
+)
 from .packing import Collator
 from .preflight import (
     check_memory,
@@ -176,6 +185,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     # What Trainer counts as tokens: padding excluded, whatever the collator.
     training.include_num_input_tokens_seen = "non_padding"
     training.model_init_kwargs = None  # make_model has used them
+    if model_args.base_weights == "mxfp4":
+        training.ddp_broadcast_buffers = False  # the packed weights are buffers, and nobody changes them
     speed = Speed()
     trainer = Trainer(
         model=model,
@@ -189,6 +200,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     if model_args.fused_layers:
         patch_gpt_oss(trainer.model, attention=False, experts=False)
         fuse_loss(model)
+    elif model_args.base_weights == "mxfp4":  # PEFT's own adapters on experts need dense ones
+        patch_gpt_oss(trainer.model, attention=False, experts=False, rms_norm=False, rope=False)
     if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
         tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
         trainer.add_callback(Recomputation(model, run_args.recomputation, tokens))
@@ -197,7 +210,9 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     if model_args.attn_implementation == "gptoss_triton":
         attention += f" (backend {default_backend(queries)})"
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    say(f"model: {model_args.model_name_or_path}, {model.num_parameters():,} parameters, {trained:,} trained")
+    parameters = model.num_parameters() + packed_parameters(model)
+    say(f"model: {model_args.model_name_or_path}, {parameters:,} parameters, {trained:,} trained")
+    say(f"trained: {', '.join(f'{part} {count:,}' for part, count in census(trainer.model).items())}")
     say(f"{attention}, {queries.dtype}, on {training.device}")
     bigram = bigram_entropy(train_data, test_data) if test_data else None
 
@@ -261,11 +276,16 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     sharded = is_sharded(training)
     if random and sharded:
         raise SetupError("model_init: random weights are made on one GPU; ZeRO-3 and FSDP need a checkpoint")
+    packed = args.base_weights == "mxfp4"
+    if packed and sharded:
+        raise SetupError("base_weights: mxfp4 weights are not spread over GPUs; ZeRO-3 and FSDP need bf16")
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else getattr(config, "dtype", None) or torch.bfloat16
     if training.device.type == "cuda":
         parameters = count_parameters(config)
         check_memory(
-            memory_floor(
+            count_packed_bytes(config, dtype)
+            if packed
+            else memory_floor(
                 parameters,
                 0 if args.use_peft else parameters,
                 dtype.itemsize,
@@ -273,7 +293,7 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
                 training.world_size if sharded else 1,
             ),
             torch.cuda.mem_get_info(training.device)[0],
-            "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft)",
+            "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft; base_weights mxfp4)",
         )
     implementations = {"attn_implementation": args.attn_implementation}
     if args.experts_implementation is not None:
@@ -281,7 +301,16 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     if random:
         for token in ("bos", "eos", "pad"):
             setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
-        return build_random(config, training.device, dtype, training.seed, **implementations)
+        return build_random(config, training.device, dtype, training.seed, packed, **implementations)
+    if packed:
+        return load_packed(
+            name,
+            config,
+            dtype=args.dtype if args.dtype == "auto" else dtype,
+            revision=args.model_revision,
+            device=training.device,
+            **implementations,
+        )
     return load_checkpoint(
         name,
         config,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from ..backends import default_backend
-from .transformers import FA4_NAME, NAME, register
+from ..experts.reference import ExpertsLoRA
+from .transformers import FA4_NAME, NAME, experts_forward, register
 
 PARTS = ("attention", "experts", "rms_norm", "rope", "lora")
 
@@ -36,7 +37,8 @@ def patch_gpt_oss(
         rope: the rotary embedding of queries and keys in one kernel; one function serves all gpt-oss models of the
             process, patched or not, and gives them the same numbers but for rounding.
         lora: PEFT's plain LoRA on linear layers as one function that neither casts the tokens to fp32 nor copies
-            them. Layers with dropout, merged or several adapters, or a variant, keep PEFT's own.
+            them, and on the experts (PEFT's target_parameters) as grouped products of the rank beside those of the
+            frozen weights. Layers with dropout, merged or several adapters, or a variant, keep PEFT's own.
 
     Returns:
         model.
@@ -64,6 +66,8 @@ def patch_gpt_oss(
             module.forward = types.MethodType(_rms_norm_forward, module)
         elif lora and _is_lora_linear(module):
             module.forward = types.MethodType(_lora_forward, module)
+        elif lora and isinstance(module, modeling.GptOssMLP) and _is_param_wrapper(module.experts):
+            module.experts.forward = types.MethodType(_lora_experts_forward, module.experts)
     if rope:
         _rope_models.add(base)
         _patch_rope(modeling)
@@ -83,7 +87,7 @@ def unpatch_gpt_oss(model: torch.nn.Module) -> torch.nn.Module:
     if base.config._experts_implementation != before["experts"]:
         base.set_experts_implementation(before["experts"])
     for module in model.modules():
-        if getattr(vars(module).get("forward"), "__func__", None) in (_rms_norm_forward, _lora_forward):
+        if getattr(vars(module).get("forward"), "__func__", None) in PATCHES:
             del module.forward
     _rope_models.discard(base)
     if not _rope_models:
@@ -164,3 +168,45 @@ def _lora_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     layer = self.base_layer
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
     return lora_linear(x, layer.weight, layer.bias, a, b, self.scaling[name])
+
+
+def _is_param_wrapper(module: torch.nn.Module) -> bool:
+    return type(module).__module__ == "peft.tuners.lora.layer" and type(module).__name__ == "ParamWrapper"
+
+
+def _lora_experts_forward(self, hidden_states, router_indices, routing_weights) -> torch.Tensor:
+    """Forward of the outermost of the wrappers, one a projection, that PEFT puts around a layer's experts."""
+    from .mxfp4 import PackedGptOssExperts
+
+    adapters, plain, wrapper = {}, True, self
+    while _is_param_wrapper(wrapper):
+        names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+        if wrapper.disable_adapters:
+            plain = plain and not wrapper.merged  # PEFT unmerges then
+        elif not wrapper.merged and names:
+            plain = plain and len(names) == 1 and not wrapper._did_swap_in_out_features
+            adapters[wrapper.parameter_name.replace("proj", "lora")] = _experts_lora(wrapper, names[0])
+        wrapper = wrapper.base_layer
+    inputs = hidden_states, router_indices, routing_weights
+    if isinstance(wrapper, PackedGptOssExperts):
+        if not plain:
+            raise ValueError("adapters: expected one active adapter that is not merged over packed experts, got others")
+        return wrapper(*inputs, **adapters)
+    fused = (
+        wrapper.config._experts_implementation == NAME
+        and default_backend(hidden_states) == "triton"
+        and not any(parameter.requires_grad for parameter in wrapper.parameters())
+    )
+    if plain and fused:
+        return experts_forward(wrapper, *inputs, **adapters)
+    return type(self).forward(self, *inputs)
+
+
+def _experts_lora(wrapper: torch.nn.Module, name: str) -> ExpertsLoRA:
+    """PEFT's weights (experts * rank, in) and (out, rank * experts): A by expert, B by rank and then expert."""
+    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    a = a.view(wrapper.num_experts, -1, a.shape[1])
+    return ExpertsLoRA(a, b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1), wrapper.scaling[name])
+
+
+PATCHES = (_rms_norm_forward, _lora_forward, _lora_experts_forward)

@@ -229,6 +229,7 @@ def experts_forward(
     hidden_states: torch.Tensor,
     router_indices: torch.Tensor,
     routing_weights: torch.Tensor,
+    **adapters,
 ) -> torch.Tensor:
     """The experts function behind `experts_implementation="gptoss_triton"`, in Transformers' signature.
 
@@ -238,6 +239,7 @@ def experts_forward(
         module: gpt-oss's experts, with its four parameters, alpha and limit.
         hidden_states: (tokens, hidden).
         router_indices, routing_weights: (tokens, top_k); an index equal to the number of experts is skipped.
+        adapters: gate_up_lora and down_lora, as `fused_experts` takes them, where Triton runs.
 
     Returns:
         (tokens, hidden).
@@ -266,6 +268,7 @@ def experts_forward(
         routing_weights,
         alpha=module.alpha,
         limit=module.limit,
+        **adapters,
     )
 
 

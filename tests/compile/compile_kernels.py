@@ -20,6 +20,7 @@ from gptoss_kernels.offline import compile_offline, descriptor
 ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "dq"}
 HOPPER = {"forward_hopper_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"}
 LAYERS = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
+MXFP4 = {"dequantize_kernel"}
 EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
 FEATURES = {
     "full": {},
@@ -119,11 +120,20 @@ def layer_arguments(kernel, dtype: torch.dtype) -> dict:
     return {name: known.get(name, dtype) for name in kernel.arg_names}
 
 
+def mxfp4_arguments(kernel, dtype: torch.dtype) -> dict:
+    """gpt-oss's gate_up_proj: 5,760 rows of 90 groups."""
+    from gptoss_kernels.mxfp4 import dequantize
+
+    known = dict(ROWS=5760, GROUPS=90, BLOCK_N=dequantize.BLOCK_N, BLOCK_G=dequantize.BLOCK_G)
+    known |= dict(blocks=torch.uint8, scales=torch.uint8)
+    return {name: known.get(name, dtype) for name in kernel.arg_names}
+
+
 def variants(name: str, capability: int):
     """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
     yield (64, half, "full")
-    if name in EXPERTS | LAYERS:
+    if name in OTHERS:
         return
     yield (64, half, "window")
     if name in HOPPER:
@@ -140,9 +150,14 @@ def variants(name: str, capability: int):
         yield (128, torch.float32, "full")
 
 
+# kernel -> what makes its arguments
+OTHERS = dict.fromkeys(EXPERTS, experts_arguments) | dict.fromkeys(LAYERS, layer_arguments)
+OTHERS |= dict.fromkeys(MXFP4, mxfp4_arguments)
+
+
 def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.dtype, feature: str) -> dict:
-    if name in EXPERTS | LAYERS:
-        arguments = (experts_arguments if name in EXPERTS else layer_arguments)(kernel, dtype)
+    if name in OTHERS:
+        arguments = OTHERS[name](kernel, dtype)
         warps = 8 if name == "cross_entropy_kernel" else 4
         used = compile_offline(kernel, arguments, capability, num_warps=warps, num_stages=3)
         row = {"kernel": name, "capability": capability, "head_dim": head_dim, "feature": feature}
@@ -161,7 +176,7 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
 
 def main() -> None:
     kernels = package_kernels()
-    unknown = set(kernels) - set(ATTENTION) - HOPPER - EXPERTS - LAYERS
+    unknown = set(kernels) - set(ATTENTION) - HOPPER - set(OTHERS)
     if unknown:
         raise SystemExit(f"no arguments are known for {sorted(unknown)}: add them here")
     for capability in map(int, sys.argv[1:]):

@@ -108,7 +108,7 @@ def test_mxfp4_takes_the_nearest_number():
     weight[0, :32, 0] = 0
     blocks, scales = mxfp4.quantize(weight)
     assert blocks.shape == (2, 32, 2, 16) and scales.shape == (2, 32, 2) and blocks.dtype == scales.dtype == torch.uint8
-    result = mxfp4.dequantize(blocks, scales)
+    result = mxfp4.dequantize(blocks, scales, torch.float32)
     assert result.shape == weight.shape and torch.equal(result.bfloat16().float(), result)
     numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     numbers = torch.cat([-numbers, numbers])
@@ -118,14 +118,14 @@ def test_mxfp4_takes_the_nearest_number():
         nearest = grid[(values[:, None] - grid).abs().argmin(1)]
         assert torch.equal(result[expert, 32 * group : 32 * group + 32, column], nearest)
         assert values.abs().max() < 8 * 2.0 ** (int(scales[expert, column, group]) - 127)
-    again = mxfp4.dequantize(*mxfp4.quantize(result))
+    again = mxfp4.dequantize(*mxfp4.quantize(result), torch.float32)
     assert torch.equal(again, result), "rounding a rounded weight changes nothing"
 
 
 def test_training_goes_through_the_rounding():
     weight = torch.randn(1, 32, 4, requires_grad=True)
     rounded = mxfp4.straight_through(weight)
-    assert torch.equal(rounded.detach(), mxfp4.dequantize(*mxfp4.quantize(weight)))
+    assert torch.equal(rounded.detach(), mxfp4.dequantize(*mxfp4.quantize(weight), torch.float32))
     assert not torch.equal(rounded.detach(), weight.detach())
     (rounded * 3).sum().backward()
     assert torch.equal(weight.grad, torch.full_like(weight, 3))

@@ -59,7 +59,7 @@ def some_rows(folder: Path, **splits: int) -> str:
 
 @pytest.fixture
 def settings(shapes, dataset, tmp_path):
-    """Makes the settings of a short run on the CPU; keyword arguments are keys."""
+    """Makes the settings of a short run on the CPU; keyword arguments are keys, lists several values."""
     from gptoss_kernels.finetune.config import parse
 
     def make(**keys):
@@ -83,7 +83,10 @@ def settings(shapes, dataset, tmp_path):
             "report_to": "none",
             "disable_tqdm": "true",
         }
-        return parse([f"--{key}={value}" for key, value in (defaults | keys).items()])
+        argv = []
+        for key, value in (defaults | keys).items():
+            argv += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
+        return parse(argv)
 
     return make
 

@@ -56,6 +56,13 @@ def fails(capsys, argv: list[str]) -> str:
         ("dataset_name: [a, b]", "dataset_name: expected a single value, got ['a', 'b']"),
         ("num_train_epochs: {a: 1}", "num_train_epochs: expected a single value, got a mapping"),
         ("lora_target_modules: []", "lora_target_modules: expected a list of values, got []"),
+        ("lora_targets: [attention, heads]", "invalid choice: 'heads'"),
+        (
+            "lora_targets: [attention]\nlora_target_modules: [q_proj]",
+            "lora_targets: expected without lora_target_modules",
+        ),
+        ("lora_targets: [router]\nlora_dropout: 0.1", "lora_dropout: expected 0 with adapters on experts or router"),
+        ("base_weights: nf4", "invalid choice: 'nf4'"),
         ("lr_scheduler_kwargs: 3", "lr_scheduler_kwargs: expected a mapping"),
         ("lr_scheduler_kwargs: '{min'", "lr_scheduler_kwargs: expected a JSON object, got '{min'"),
         ("seed: null", "seed: expected a value, got null"),
@@ -114,6 +121,15 @@ def test_both_forms_of_the_command_line_win_over_the_file(config_file):
         assert arguments.on_command_line == {"config", "learning_rate", "max_length"}
 
 
+def test_parts_that_get_adapters(config_file):
+    path = config_file(BASE + "lora_targets: [experts, router]\nlora_dropout: 0.0\nuse_peft: true\n")
+    adapters = get_peft_config(parse(["--config", path]).model)
+    assert adapters.target_modules is None
+    assert adapters.target_parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"]
+    adapters = get_peft_config(parse(["--config", path, "--lora_targets", "attention"]).model)
+    assert adapters.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"} and adapters.target_parameters is None
+
+
 def test_null_and_mappings_reach_their_keys(config_file):
     arguments = parse(["--config", config_file(BASE + "max_length: null\nlr_scheduler_kwargs: {min_lr_rate: 0.1}\n")])
     assert arguments.training.max_length is None
@@ -165,7 +181,7 @@ def test_predecessors_settings_take_effect(name):
     adapters = get_peft_config(model)
     if name == "sft_lora":
         assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (8, 16, 0.0)
-        assert adapters.target_modules == "all-linear"
+        assert adapters.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
         assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 4)
     else:
         assert adapters is None

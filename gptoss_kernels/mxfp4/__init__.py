@@ -1,0 +1,1 @@
+"""OpenAI's 4-bit weight format: read, dequantized, quantized."""
