@@ -29,7 +29,7 @@ def test_kernels_fit(capability):
     attention = {"forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"}
     experts = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
     layers = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
-    assert {row["kernel"] for row in rows} == attention | experts | layers
+    assert {row["kernel"] for row in rows} == attention | experts | layers | {"adamw_kernel"}
     for row in rows:
         budget = SPILL_BUDGET[capability] if row["head_dim"] == 64 else max(512, SPILL_BUDGET[capability])
         assert row["shared"] <= SHARED_MEMORY_LIMIT[capability], row
