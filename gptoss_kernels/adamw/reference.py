@@ -2,8 +2,9 @@
 
 Moments are kept as small floats with three fraction bits: the first as a sign and four exponent bits, the second, which
 has no sign, as five. Each block of 256 elements has its own range of exponents, which ends at its largest element. They
-are rounded stochastically: at beta2 = 0.999 a second moment changes by 0.1% a step, and rounding to the nearest of these
-numbers, 6 to 12% apart, would never move it. As the numbers are the same in every range, what does not change is kept.
+are rounded stochastically: at beta2 = 0.999 a second moment changes by 0.1% a step, and rounding to the nearest of
+these numbers, 6 to 12% apart, would never move it. As the numbers are the same in every range, what does not change is
+kept.
 
 Random numbers are a hash of (seed, step, parameter) and the element: they are the same on a CPU and a GPU, in every
 order of updates and after a restart.
@@ -100,8 +101,8 @@ def round_stochastically(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 
 
 def adamw_step(
-    parameter, grad, exp_avg, exp_avg_exponent, exp_avg_sq, exp_avg_sq_exponent, step_size, root, eps, decay, betas, key,
-    stochastic,
+    parameter, grad, exp_avg, exp_avg_exponent, exp_avg_sq, exp_avg_sq_exponent,
+    step_size, root, eps, decay, betas, key, stochastic,
 ) -> torch.Tensor:  # fmt: skip
     """As `api.adamw_step` calls it: parameter and grad flat, codes (numel,), step_size = lr / (1 - beta1^t),
     root = 1 / sqrt(1 - beta2^t), decay = lr * weight_decay."""

@@ -109,8 +109,8 @@ def adamw_kernel(
 
 
 def adamw_step(
-    parameter, grad, exp_avg, exp_avg_exponent, exp_avg_sq, exp_avg_sq_exponent, step_size, root, eps, decay, betas, key,
-    stochastic,
+    parameter, grad, exp_avg, exp_avg_exponent, exp_avg_sq, exp_avg_sq_exponent,
+    step_size, root, eps, decay, betas, key, stochastic,
 ) -> torch.Tensor:  # fmt: skip
     """As reference.adamw_step."""
     count = parameter.numel()

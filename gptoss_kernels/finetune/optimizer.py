@@ -1,18 +1,66 @@
 """AdamW that trains all weights of a bf16 model on one GPU: moments in 8 bits, steps taken inside the backward pass.
 
-Libraries that come near, as their sources have it: torchao's AdamW8bit(bf16_stochastic_round=True) draws from the global
-random state, compiles a graph for every shape, and keeps moments of small bf16 tensors in bf16, where beta2 = 0.999
-moves nothing; bitsandbytes' AdamW8bit has no stochastic rounding, so that small updates of bf16 weights are lost.
+Libraries that come near, as their sources have it: torchao's AdamW8bit(bf16_stochastic_round=True) draws from the
+global random state, compiles a graph for every shape, and keeps moments of small bf16 tensors in bf16, where
+beta2 = 0.999 moves nothing; bitsandbytes' AdamW8bit has no stochastic rounding: small updates of bf16 weights are lost.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch.optim.adamw import adamw
 
 from ..adamw.api import adamw_step, new_state
+from .errors import SetupError
 
 # Values of `optim` beside those of Transformers.
 KEPT, IN_BACKWARD = "adamw_8bit_sr", "adamw_8bit_sr_in_backward"
 NAMES = (KEPT, IN_BACKWARD)
+_TRUTH = {"true": True, "false": False}
+_ARGUMENTS = {"min_size": int, "stochastic_rounding": lambda text: _TRUTH[text.strip().lower()]}
+
+
+def parse_arguments(optim_args: str | None) -> dict:
+    """`optim_args` such as "min_size=4096, stochastic_rounding=false" as keyword arguments of `AdamW8bit`.
+
+    Raises:
+        SetupError: another key, or a value that is none.
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in (optim_args or "").split(","))):
+        name, _, text = part.partition("=")
+        try:
+            found[name.strip()] = _ARGUMENTS[name.strip()](text)
+        except (KeyError, ValueError):
+            raise SetupError(
+                f"optim_args: expected min_size=ELEMENTS and stochastic_rounding=true or false, got {part!r}"
+            ) from None
+    return found
+
+
+def build(training, named_parameters: Iterable[tuple[str, torch.Tensor]], decayed: Iterable[str]) -> "AdamW8bit":
+    """The optimizer that a run's settings name.
+
+    Args:
+        training: TrainingArguments with `optim` among NAMES.
+        named_parameters: of the model; frozen ones are left out.
+        decayed: names of those that weight decay is for.
+    """
+    decayed = set(decayed)
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if (name in decayed) is decay], "weight_decay": weight_decay}
+        for decay, weight_decay in ((True, training.weight_decay), (False, 0.0))
+    ]
+    return AdamW8bit(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        seed=training.seed,
+        in_backward=training.optim == IN_BACKWARD,
+        **parse_arguments(training.optim_args),
+    )
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -20,8 +68,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Tensors of fewer than `min_size` elements (norms, biases, sinks, the router: 0.04% of gpt-oss-20b) are trained as in
     fp32: their moments, and for bf16 ones a copy of the weights, are fp32. A larger tensor costs 2.008 bytes an element
-    beside its weights. With in_backward its step is taken as soon as its gradient is there, which is then freed, so that
-    gradients never exist together. Global-norm clipping would have to know all of them first: it needs
+    beside its weights. With in_backward its step is taken as soon as its gradient is there, which is then freed, so
+    that gradients never exist together. Global-norm clipping would have to know all of them first: it needs
     in_backward=False, and gradients kept until `step`. Gradient accumulation works with both, and keeps gradients
     (as large as the weights) from one micro-batch to the next: set `accumulating` before all but the last.
 
@@ -34,8 +82,8 @@ class AdamW8bit(torch.optim.Optimizer):
         stochastic_rounding: of bf16 weights; False rounds to nearest, as others do, to see what it costs.
         backend: of `adamw_step`.
 
-    Bitwise reproducible where gradients are, and after a restart from `state_dict`. state_dict holds tensors and numbers
-    alone: torch.load(weights_only=True) reads it.
+    Bitwise reproducible where gradients are, and after a restart from `state_dict`, which holds tensors and numbers
+    alone, so that torch.load(weights_only=True) reads it.
 
     Raises:
         TypeError: a parameter is neither fp32 nor bf16, or spread over processes (a DTensor).

@@ -13,6 +13,7 @@ from trl import SFTTrainer, get_peft_config
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
 
+from . import optimizer
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
@@ -25,6 +26,7 @@ from .preflight import (
     check_processes,
     check_settings,
     find_checkpoint,
+    gradient_bytes,
     is_sharded,
     memory_floor,
     optimizer_state_bytes,
@@ -89,6 +91,28 @@ class Trainer(SFTTrainer):
                 "parallelism_config: context and sequence parallelism neither keep packed documents apart nor carry "
                 "loss weights"
             )
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.optim in optimizer.NAMES:
+            model = self.model if model is None else model
+            self.optimizer = optimizer.build(self.args, model.named_parameters(), self.get_decay_parameter_names(model))
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    def _in_backward(self) -> optimizer.AdamW8bit | None:
+        """The optimizer, if it takes its steps in the backward pass."""
+        own = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate has wrapped it
+        return own if isinstance(own, optimizer.AdamW8bit) and own.in_backward else None
+
+    def training_step(self, *args, **kwargs):
+        if (own := self._in_backward()) is not None:
+            own.accumulating = not self.accelerator.sync_gradients
+        return super().training_step(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None and (own := self._in_backward()) is not None:
+            return own.grad_norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "loss_weights", "seq_lengths"]
@@ -271,6 +295,7 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
                 dtype.itemsize,
                 optimizer_state_bytes(training, dtype),
                 training.world_size if sharded else 1,
+                gradient_bytes(training, dtype),
             ),
             torch.cuda.mem_get_info(training.device)[0],
             "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft)",
