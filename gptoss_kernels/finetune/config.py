@@ -153,7 +153,7 @@ class RunArguments:
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """TRL's SFTConfig with one other default, no auxiliary router loss unless it is asked for, and two optimizers more."""
+    """TRL's SFTConfig with two more optimizers, and no auxiliary router loss unless it is asked for."""
 
     optim: str = field(
         default="adamw_torch_fused",

@@ -58,6 +58,11 @@ def check_settings(arguments: Arguments) -> None:
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")
+    if training.push_to_hub and "checkpoint" in training.hub_strategy.value:
+        raise SetupError(
+            f"hub_strategy: expected end or every_save, got {training.hub_strategy.value!r}; a checkpoint is renamed "
+            "when it is whole, and an upload might still read it under its first name"
+        )
     optimizer = str(getattr(training.optim, "value", training.optim))
     if optimizer in NAMES:
         check_own_optimizer(arguments)

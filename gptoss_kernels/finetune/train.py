@@ -1,5 +1,6 @@
 """A finetuning run from its settings to the saved result."""
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer, get_peft_config
 
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
 
-from . import optimizer
+from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
@@ -52,6 +54,8 @@ class Result:
 class Trainer(SFTTrainer):
     """SFTTrainer for data that `data.prepare` made, in which each token's loss has a weight.
 
+    A checkpoint appears whole or not at all, and older ones are deleted after that.
+
     The loss is sum(weight * -log p) / sum(weight), over all tokens of an optimizer step (its micro-batches and
     processes) or, held out, of the whole split: a mean over batches would weigh a short one up.
 
@@ -78,6 +82,7 @@ class Trainer(SFTTrainer):
         args = copy.copy(args)  # TRL's own packing takes no other collator, and its labels have no weights
         args.packing = args.padding_free = args.assistant_only_loss = False
         args.eval_packing, args.dataset_kwargs = None, {"skip_prepare_dataset": True}
+        self._unfinished = False
         super().__init__(
             args=args,
             data_collator=collator,
@@ -92,6 +97,68 @@ class Trainer(SFTTrainer):
                 "loss weights"
             )
 
+    def _get_output_dir(self, trial=None):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, saving.UNFINISHED) if self._unfinished else folder
+
+    @contextlib.contextmanager
+    def _beside(self, what: str):
+        """A place beside the run's results to save to, one for all processes: gives its path, and empties it after.
+
+        Raises:
+            SetupError: something could not be written.
+        """
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            saving.clear(folder)
+            (folder / saving.UNFINISHED).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield folder / saving.UNFINISHED
+        except saving.ERRORS as error:
+            raise SetupError(
+                f"output_dir: cannot save {what} to {folder} ({' '.join(str(error).split())}); what was saved before "
+                "is as it was"
+            ) from error
+        finally:
+            if self.args.should_save:
+                saving.clear(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model, trial):
+        name, limit = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        place = Path(self._get_output_dir(trial)) / name
+        with self._beside(name) as unfinished:
+            self._unfinished, self.args.save_total_limit = True, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished, self.args.save_total_limit = False, limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+                    if best == place or best.is_dir():
+                        self.state.best_model_checkpoint = str(best)
+                        self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+                saving.rename_folder(unfinished / name, place)
+        if self.args.should_save:
+            rotate_checkpoints(str(place.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_result(self) -> None:
+        """Saves the model and its tokenizer to output_dir, each file in one step.
+
+        Raises:
+            SetupError: something could not be written.
+        """
+        with self._beside("the model") as unfinished:
+            self.save_model(str(unfinished), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saving.rename_files(unfinished, Path(self.args.output_dir))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.args.optim in optimizer.NAMES:
             model = self.model if model is None else model
@@ -103,6 +170,13 @@ class Trainer(SFTTrainer):
         """The optimizer, if it takes its steps in the backward pass."""
         own = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate has wrapped it
         return own if isinstance(own, optimizer.AdamW8bit) and own.in_backward else None
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, which Transformers would follow by one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         if (own := self._in_backward()) is not None:
@@ -243,7 +317,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     steps_evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
     if test_data and trainer.state.global_step not in steps_evaluated:
         trainer.evaluate()
-    trainer.save_model(training.output_dir)
+    trainer.save_result()
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     started = training.eval_on_start and evaluations
     result = Result(

@@ -1,6 +1,10 @@
-"""Runs that train all weights on one device: every weight moves, clipping is refused where it cannot be, runs resume."""
+"""Runs that train all weights on one device: every weight moves, what cannot be is refused, runs resume bitwise."""
 
 import json
+import multiprocessing
+import os
+import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +12,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from gptoss_kernels.finetune import train
+from gptoss_kernels.finetune import saving, train
 from gptoss_kernels.finetune.config import parse
 from gptoss_kernels.finetune.errors import SetupError
 from gptoss_kernels.finetune.preflight import check_settings, gradient_bytes, memory_floor, optimizer_state_bytes
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+sys.path.insert(0, str(Path(__file__).parent))
+import kill_and_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_BACKWARD = {"optim": "adamw_8bit_sr_in_backward", "max_grad_norm": 0, "optim_args": "min_size=4096"}
@@ -134,3 +146,79 @@ def test_the_single_gpus_file_takes_effect():
     assert (training.gradient_accumulation_steps, training.max_length) == (1, 16384)
     assert arguments.run.num_processes == 1 and not arguments.model.use_peft and training.learning_rate == 2e-5
     check_settings(arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_killed_in_a_step_or_a_save_a_run_resumes(shapes, dataset, tmp_path):
+    """kill_and_resume.py does it at twenty random moments of a larger model."""
+    keys = kill_and_resume.KEYS | {"model_name_or_path": shapes, "model_init": "random", "dataset_name": dataset}
+    keys |= {"max_length": 384, "use_cpu": "true", "max_steps": 6}
+    runs = kill_and_resume.Runs(keys, tmp_path)
+    draw = random.Random(1)
+    for number, in_save in enumerate((True, False)):
+        outcome = runs.kill(f"run{number}", in_save, draw)
+        assert outcome["killed"] and outcome["same_losses"] and outcome["same_weights"], outcome
+
+
+def test_resumed_after_its_last_step_a_run_takes_none(settings, tmp_path):
+    keys = dict(max_steps=2, save_strategy="steps", save_steps=2)
+    whole = run(settings, tmp_path / "run", **keys)
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = run(settings, tmp_path / "run", resume_from_checkpoint="true", **keys)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]
+
+
+class Full(TrainerCallback):
+    """After a save, files can be no larger than so many bytes."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+
+    def on_save(self, args, state, control, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+
+
+@pytest.mark.skipif(resource is None, reason="needs limits of resources")
+@pytest.mark.parametrize("limit", [200_000, 3_000])  # what does not fit is the model; the trainer's own files too
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before(settings, tmp_path, limit):
+    keys = dict(max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
+
+    def child():
+        try:
+            run(settings, tmp_path / "run", callbacks=(Full(limit),), **keys)
+        except SetupError as error:
+            (tmp_path / "said").write_text(str(error))
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert said.startswith(f"output_dir: cannot save checkpoint-4 to {tmp_path / 'run'} ("), said
+    assert "File too large" in said and said.endswith("what was saved before is as it was")
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["checkpoint-2"]
+    run(settings, tmp_path / "run", resume_from_checkpoint="true", **keys)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_save_replaces_in_one_step(tmp_path):
+    for name, text in (("new", "2"), ("old", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+    saving.rename_folder(tmp_path / "new", tmp_path / "old")
+    assert [(p.name, (p / "file").read_text()) for p in tmp_path.iterdir()] == [("old", "2")]
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "deep" / "file").write_text("3")
+    saving.rename_files(tmp_path / "more", tmp_path / "old")
+    assert (tmp_path / "old" / "file").read_text() == "2" and (tmp_path / "old" / "deep" / "file").read_text() == "3"
+
+
+def test_checkpoints_are_kept_as_asked_for_and_the_best_is_known(settings, tmp_path):
+    keys = dict(max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    keys |= dict(save_total_limit=2, metric_for_best_model="eval_loss", load_best_model_at_end="true")
+    run(settings, tmp_path / "run", learning_rate=1e-2, **keys)
+    kept = sorted(p.name for p in (tmp_path / "run").glob("*") if p.is_dir())
+    assert kept == ["checkpoint-3", "checkpoint-4"]
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run" / f"checkpoint-{state['best_global_step']}")
