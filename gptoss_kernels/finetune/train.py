@@ -230,6 +230,10 @@ class Trainer(SFTTrainer):
         if "eval_loss" in logs:
             loss, weight = self.accelerator.reduce(self._held_out, "sum").tolist()
             logs["eval_loss"] = loss / weight
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Speed):
+                    logs.update(callback.entries(self.state))
         super().log(logs, start_time)
 
 
@@ -274,7 +278,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     # What Trainer counts as tokens: padding excluded, whatever the collator.
     training.include_num_input_tokens_seen = "non_padding"
     training.model_init_kwargs = None  # make_model has used them
-    speed = Speed()
+    speed = Speed(model)
     trainer = Trainer(
         model=model,
         args=training,

@@ -222,3 +222,52 @@ def test_checkpoints_are_kept_as_asked_for_and_the_best_is_known(settings, tmp_p
     assert kept == ["checkpoint-3", "checkpoint-4"]
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "run" / f"checkpoint-{state['best_global_step']}")
+
+
+def test_the_log_says_how_the_run_goes(settings, tmp_path):
+    run(settings, tmp_path / "run", max_steps=5, logging_steps=2, save_strategy="steps", save_steps=2)
+    entries = log(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == [2, 4]
+    for entry in entries:
+        assert entry["tokens_per_second"] > 0 and entry["grad_norm"] > 0 and 0.05 < entry["memory_gib"] < 64
+        # Four experts, two a token: the fullest has between half and all of the tokens.
+        assert 1 <= entry["expert_load"] <= entry["expert_load_worst"] <= 2
+    assert entries[0]["seconds_left"] >= entries[1]["seconds_left"] >= 0
+    assert "mfu" not in entries[0]  # of a CPU
+
+
+def test_expert_load_is_counted_in_training_alone():
+    from gptoss_kernels.finetune.report import ExpertLoad
+    from gptoss_kernels.testing import random_gpt_oss
+
+    model = random_gpt_oss(num_hidden_layers=2)
+    load = ExpertLoad(model)
+    ids = torch.randint(0, model.config.vocab_size, (1, 30))
+    model.eval()(input_ids=ids, use_cache=False)
+    assert load.take() == {}
+    seen = []
+    router = model.model.layers[1].mlp.router
+    router.register_forward_hook(lambda module, args, output: seen.append(output[2]))
+    model.train()(input_ids=ids, use_cache=False)
+    count = torch.bincount(seen[0].flatten(), minlength=model.config.num_local_experts)
+    assert torch.equal(load.counts[1], count) and count.sum() == 30 * model.config.num_experts_per_tok
+    worst = (load.counts.amax(1) / load.counts.double().mean(1)).max().item()
+    assert load.take()["expert_load_worst"] == pytest.approx(worst, abs=1e-3)
+    assert load.take() == {}
+
+
+def test_flops_are_those_of_the_weights_that_a_token_meets():
+    from gptoss_kernels.finetune.report import flops_per_token, peak_flops
+    from gptoss_kernels.testing import random_gpt_oss
+
+    model = random_gpt_oss(num_hidden_layers=2)
+    c = model.config
+    width, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * width + 2 * kv + c.num_local_experts)
+    layer += c.num_experts_per_tok * 3 * c.hidden_size * c.intermediate_size
+    weights = 2 * layer + c.vocab_size * c.hidden_size
+    assert flops_per_token(model) == pytest.approx(6 * weights)
+    model.requires_grad_(False)
+    assert flops_per_token(model) == pytest.approx(4 * weights)
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("an unknown GPU") is None
