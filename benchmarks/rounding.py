@@ -24,6 +24,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from benchmarks import harness
 
@@ -49,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=3e-5, help="the highest; cosine down to a tenth")
     parser.add_argument("--length", type=int, default=432, help="tokens a step")
-    parser.add_argument("--rows", type=int, default=60, help="held-out problems")
+    parser.add_argument("--rows", type=int, default=100, help="held-out problems")
     parser.add_argument("--runs", default=RUNS, help="variants and seeds")
     parser.add_argument("--output", type=Path, default=results, help="rows go here, the plot beside them")
     options = parser.parse_args(arguments)
@@ -60,22 +62,45 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def train(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[int, float]:
-    """Held-out losses of one run, step -> nats a token."""
+def settings(variant: str, seed: int, options: argparse.Namespace, folder: Path):
     from gptoss_kernels.finetune import config
-    from gptoss_kernels.finetune.train import run
 
     keys = {
         "config": ROOT / "configs" / "sft_tiny.yaml", "model_name_or_path": ROOT / "data" / "tiny-gpt-oss",
         "use_peft": "false", "dataset_name": folder, "output_dir": folder / f"{variant}-{seed}",
         "max_steps": options.steps, "learning_rate": options.learning_rate, "max_length": options.length,
         "gradient_accumulation_steps": 1, "max_grad_norm": 0, "seed": seed, "logging_steps": options.steps,
-        "eval_steps": max(1, options.steps // 10), "sample_tokens": 1, "disable_tqdm": "true",
+        "eval_strategy": "no", "eval_on_start": "false", "save_strategy": "steps",
+        "save_steps": max(1, options.steps // 10), "save_only_model": "true", "sample_tokens": 1,
+        "disable_tqdm": "true",
     } | VARIANTS[variant]  # fmt: skip
+    return config.parse([f"--{key}={value}" for key, value in keys.items()])
+
+
+def train(variant: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[int, float]:
+    """Held-out losses of one run, step -> nats a token; computed in fp32, whatever the weights are."""
+    from gptoss_kernels.finetune import train as finetune
+    from gptoss_kernels.finetune.data import Split, load_tokenizer, prepare
+
+    arguments = settings(variant, seed, options, folder)
     with contextlib.redirect_stdout(io.StringIO()):
-        run(config.parse([f"--{key}={value}" for key, value in keys.items()]))
-    entries = map(json.loads, (folder / f"{variant}-{seed}" / "log.jsonl").read_text().splitlines())
-    return {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
+        finetune.run(arguments)
+    tokenizer = load_tokenizer(str(ROOT / "data" / "tiny-gpt-oss"), conversation_date=arguments.data.conversation_date)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out, _ = prepare(Split("test", rows, [""] * len(rows)), tokenizer, arguments, packing=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model.model_name_or_path, dtype=torch.float32, attn_implementation="gptoss_triton",
+        experts_implementation="gptoss_triton",
+    )  # fmt: skip
+    trainer = finetune.Trainer(
+        model=model, args=arguments.training, train_dataset=held_out, eval_dataset=held_out, processing_class=tokenizer
+    )
+    places = {int(path.name.rpartition("-")[2]): path for path in Path(arguments.training.output_dir).glob("check*")}
+    losses = {0: trainer.evaluate()["eval_loss"]}
+    for step, path in sorted(places.items()):
+        model.load_state_dict(load_file(path / "model.safetensors", device=str(model.device)))
+        losses[step] = trainer.evaluate()["eval_loss"]
+    return losses
 
 
 def some_rows(folder: Path, count: int) -> None:
