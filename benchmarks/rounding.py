@@ -145,24 +145,29 @@ def verdict(losses: dict[tuple[str, int], dict[int, float]]) -> str:
 
 
 def draw(losses: dict[tuple[str, int], dict[int, float]], title: str):
-    """The figure: the band of fp32, and a curve for each other run."""
+    """The figure: the band of fp32 and a curve for each other run, and how far they are from the middle of the band."""
     import matplotlib.pyplot as plt
 
     from gptoss_kernels.course import plots
 
     plots.style()
-    figure, ax = plt.subplots(figsize=(7, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.0))
     band = [curve for (name, _), curve in losses.items() if name == "fp32"]
     steps = sorted(band[0])
-    low, high = ([f(curve[step] for curve in band) for step in steps] for f in (min, max))
-    ax.fill_between(steps, low, high, color=plots.OKABE_ITO[0], alpha=0.35, label=f"fp32 AdamW, {len(band)} seeds")
-    labels = {"nearest": "bf16, rounded to nearest", "ours": "bf16, rounded stochastically, 8-bit moments"}
-    for (name, label), colour, style in zip(labels.items(), plots.OKABE_ITO[1:], ("--", "-"), strict=False):
-        for number, curve in enumerate(curve for (other, _), curve in losses.items() if other == name):
-            ax.plot(steps, [curve[s] for s in steps], style, color=colour, label=None if number else label)
-    ax.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
-    ax.set_title(title)
-    ax.legend()
+    labels = {"ours": "bf16, rounded stochastically, 8-bit moments", "nearest": "bf16, rounded to nearest"}
+    for ax, names in zip(axes, (("ours", "nearest"), ("ours",)), strict=True):
+        middle = {step: 0.0 if ax is axes[0] else statistics.mean(curve[step] for curve in band) for step in steps}
+        low, high = ([f(curve[step] for curve in band) - middle[step] for step in steps] for f in (min, max))
+        ax.fill_between(steps, low, high, color=plots.OKABE_ITO[0], alpha=0.35, label=f"fp32, {len(band)} seeds")
+        for name, colour, style in zip(names, plots.OKABE_ITO[1:], ("-", "--"), strict=False):
+            for number, curve in enumerate(curve for (other, _), curve in losses.items() if other == name):
+                label = None if number else labels[name]
+                ax.plot(steps, [curve[s] - middle[s] for s in steps], style, color=colour, label=label)
+        ax.set_xlabel("optimizer step")
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    axes[1].set_ylabel("difference from the mean of fp32")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
     return figure
 
 
