@@ -6,6 +6,7 @@
 Configurations
   configs/sft_tiny.yaml   a small model on shipped data, minutes on a laptop, no download
   configs/sft_lora.yaml   adapters on the attention of openai/gpt-oss-20b, one GPU
+  configs/sft_full_single.yaml   all weights of openai/gpt-oss-20b, one GPU with 141 GB
   configs/sft_full.yaml   all weights of openai/gpt-oss-20b, eight GPUs
 
 Keys that are asked for most

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from . import optimizer
 from .harmony import Rendering
 
 # What PEFT is told of each part: linear layers for attention, parameters for the others.
@@ -196,7 +197,16 @@ class RunArguments:
 
 @dataclass
 class TrainingArguments(SFTConfig):
-    """TRL's SFTConfig with one other default: no auxiliary router loss unless it is asked for."""
+    """TRL's SFTConfig with two more optimizers, and no auxiliary router loss unless it is asked for."""
+
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "Optimizer: any name that Transformers knows; adamw_8bit_sr: AdamW with moments in 8 bits and bf16 "
+            "weights rounded stochastically; adamw_8bit_sr_in_backward: the same, applied in the backward pass, so "
+            "that gradients never exist together (one process, max_grad_norm 0)."
+        },
+    )
 
     router_aux_loss_coef: float = field(
         default=0.0,
@@ -205,6 +215,14 @@ class TrainingArguments(SFTConfig):
             "says (gpt-oss's carries 0.9, which would swamp the loss)."
         },
     )
+
+    def __post_init__(self):
+        own = self.optim if self.optim in optimizer.NAMES else None
+        if own is not None:
+            self.optim = "adamw_torch"  # Transformers takes no name but its own
+        super().__post_init__()
+        if own is not None:
+            self.optim = own
 
 
 @dataclass

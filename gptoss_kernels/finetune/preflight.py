@@ -12,6 +12,7 @@ from ..attention.fa4 import load_fa4
 from ..integrations.transformers import FA4_NAME, NAME
 from .config import Arguments, TrainingArguments
 from .errors import SetupError
+from .optimizer import IN_BACKWARD, NAMES, parse_arguments
 
 # Values of `optim` that need a package of their own, by a part of their name.
 OPTIMIZER_PACKAGES = {"bnb": "bitsandbytes", "8bit": "bitsandbytes", "paged": "bitsandbytes", "torchao": "torchao"}
@@ -76,10 +77,40 @@ def check_settings(arguments: Arguments) -> None:
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")
+    if training.push_to_hub and "checkpoint" in training.hub_strategy.value:
+        raise SetupError(
+            f"hub_strategy: expected end or every_save, got {training.hub_strategy.value!r}; a checkpoint is renamed "
+            "when it is whole, and an upload might still read it under its first name"
+        )
     optimizer = str(getattr(training.optim, "value", training.optim))
+    if optimizer in NAMES:
+        check_own_optimizer(arguments)
+        return
     for part, package in OPTIMIZER_PACKAGES.items():
         if part in optimizer and importlib.util.find_spec(package) is None:
             raise SetupError(f"optim: {optimizer} needs {package}, which is not installed")
+
+
+def check_own_optimizer(arguments: Arguments) -> None:
+    """Raises SetupError for settings with which this package's optimizer cannot work."""
+    training, name = arguments.training, arguments.training.optim
+    parse_arguments(training.optim_args)
+    if training.fp16 or arguments.model.dtype == "float16":
+        raise SetupError(f"optim: {name} trains bf16 or fp32 weights without loss scaling; got fp16")
+    if training.deepspeed_plugin is not None or training.distributed_state.distributed_type.value == "FSDP":
+        raise SetupError(f"optim: {name} steps whole tensors; ZeRO and FSDP need adamw_torch_fused")
+    if name != IN_BACKWARD:
+        return
+    if training.world_size > 1:
+        raise SetupError(
+            f"optim: {name} is for one process: it takes a step before gradients are averaged over "
+            f"{training.world_size}; use {NAMES[0]}"
+        )
+    if training.max_grad_norm:
+        raise SetupError(
+            f"max_grad_norm: {name} cannot clip by the norm of all gradients, which it never has together; set "
+            f"max_grad_norm to 0, or optim to {NAMES[0]}, which keeps gradients (as large as the weights) until then"
+        )
 
 
 def check_processes(wanted: int | None, running: int, gpus: int) -> None:
@@ -164,17 +195,32 @@ def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> in
     return 2 if "8bit" in name else 2 * dtype.itemsize
 
 
-def memory_floor(parameters: int, trainable: int, parameter_bytes: int, state_bytes: int, processes: int = 1) -> int:
+def gradient_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
+    """Bytes of gradient that exist together per trained parameter: none if each is used as soon as it is there."""
+    name = str(getattr(training.optim, "value", training.optim))
+    return 0 if name == IN_BACKWARD and training.gradient_accumulation_steps == 1 else dtype.itemsize
+
+
+def memory_floor(
+    parameters: int,
+    trainable: int,
+    parameter_bytes: int,
+    state_bytes: int,
+    processes: int = 1,
+    gradient_bytes: int | None = None,
+) -> int:
     """Bytes a GPU needs at the very least: weights, gradients and optimizer states, no activation counted.
 
     Args:
         parameters: number of parameters of the model.
         trainable: number of trained ones (adapters included).
-        parameter_bytes: bytes of a parameter, and of its gradient.
+        parameter_bytes: bytes of a parameter.
         state_bytes: bytes that the optimizer keeps per trained parameter.
         processes: over how many GPUs all of it is spread (ZeRO-3, FSDP).
+        gradient_bytes: bytes of gradient kept per trained parameter. Default: parameter_bytes.
     """
-    total = parameters * parameter_bytes + trainable * (parameter_bytes + state_bytes)
+    gradient_bytes = parameter_bytes if gradient_bytes is None else gradient_bytes
+    total = parameters * parameter_bytes + trainable * (gradient_bytes + state_bytes)
     return -(-total // processes)
 
 

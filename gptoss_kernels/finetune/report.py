@@ -1,5 +1,6 @@
 """What a run leaves behind beside the model: its speed, its log, its loss curve."""
 
+import functools
 import json
 import statistics
 import sys
@@ -7,19 +8,98 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 # Two of the Okabe-Ito colours and a neutral, told apart with any colour vision; the line styles differ too.
 TRAIN, HELD_OUT, BIGRAM = "#0072B2", "#D55E00", "#555555"
 
 
-class Speed(TrainerCallback):
-    """Real tokens a second, optimizer step by optimizer step, and peak memory. Evaluation and saving do not count."""
+# Dense bf16 FLOP/s by a part of the device's name, the first that fits. Source: NVIDIA's data sheets.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+         "L40S": 362e12, "L40": 181e12, "L4": 121e12}  # fmt: skip
 
-    def __init__(self):
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name; None for one that is not known."""
+    return next((peak for part, peak in PEAKS.items() if part in device), None)
+
+
+def flops_per_token(model: torch.nn.Module) -> float:
+    """FLOPs that training on a token needs in products with weights: 2 forward, 2 for the gradient of what they are
+    applied to and, where they are trained, 2 for their own, per weight that a token meets. Attention itself is left
+    out, as it depends on the documents' lengths; so are recomputation and the embedding, which is no product.
+    """
+    config, total = model.config, 0.0
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or "embed_tokens" in name or name.endswith("proj_bias"):
+            continue
+        share = config.num_experts_per_tok / config.num_local_experts if p.ndim == 3 else 1.0
+        total += (6.0 if p.requires_grad else 4.0) * share * p.numel()
+    return total
+
+
+class ExpertLoad:
+    """How many tokens each expert gets in training, counted on the device, not synchronised before it is asked for."""
+
+    def __init__(self, model: torch.nn.Module):
+        routers = [module for name, module in model.named_modules() if name.endswith("mlp.router")]
+        self.counts = None
+        if routers:
+            shape = len(routers), model.config.num_local_experts
+            self.counts = torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(functools.partial(self._count, layer))
+
+    def _count(self, layer: int, router, args, output) -> None:
+        if router.training:
+            indices = output[-1].detach().flatten()
+            self.counts[layer].scatter_add_(0, indices, torch.ones_like(indices))
+
+    def take(self) -> dict[str, float]:
+        """The fullest expert's tokens over the mean, averaged over layers and in the worst one, since the last call."""
+        if self.counts is None or not bool(self.counts.any()):
+            return {}
+        load = (self.counts.amax(1) / self.counts.double().mean(1)).tolist()
+        self.counts.zero_()
+        return {"expert_load": round(statistics.mean(load), 3), "expert_load_worst": round(max(load), 3)}
+
+
+class Speed(TrainerCallback):
+    """Real tokens a second, optimizer step by optimizer step, and peak memory. Evaluation and saving do not count.
+
+    Args:
+        model: a gpt-oss, for `entries` to tell how well the GPU and the experts are used.
+    """
+
+    def __init__(self, model: torch.nn.Module | None = None):
         self.steps: list[float] = []
+        self._seconds: list[float] = []
+        self._logged = 0  # steps that `entries` has told of
+        self._model, self._flops, self._processes = model, None, 1
+        self._load = ExpertLoad(model) if model is not None else None
+
+    def entries(self, state: TrainerState) -> dict[str, float]:
+        """What the log of the steps since the last call says: tokens_per_second (of all processes), mfu (of the GPUs'
+        bf16 peak, see flops_per_token), memory_gib (this process's peak), expert_load (its tokens, see ExpertLoad) and
+        seconds_left of training."""
+        seconds = self._seconds[self._logged :]
+        if not seconds:
+            return {}
+        tokens = sum(speed * time for speed, time in zip(self.steps[self._logged :], seconds, strict=True))
+        self._logged = len(self._seconds)
+        found = {"tokens_per_second": round(tokens / sum(seconds), 1)}
+        if self._flops and torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name())):
+            found["mfu"] = round(self._flops * tokens / sum(seconds) / peak / self._processes, 4)
+        found["memory_gib"] = round(self.peak_memory() / 2**30, 2)
+        if self._load is not None:
+            found |= self._load.take()
+        each = statistics.median(self._seconds[1:] or self._seconds)
+        return found | {"seconds_left": round(each * max(0, state.max_steps - state.global_step))}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._processes = args.world_size
+        if self._model is not None:
+            self._flops = flops_per_token(self._model)  # now that adapters have frozen what they freeze
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -27,7 +107,8 @@ class Speed(TrainerCallback):
         self._tokens, self._start = state.num_input_tokens_seen, _now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append((state.num_input_tokens_seen - self._tokens) / (_now() - self._start))
+        self._seconds.append(_now() - self._start)
+        self.steps.append((state.num_input_tokens_seen - self._tokens) / self._seconds[-1])
 
     def tokens_per_second(self) -> float:
         """Median over the steps, without the first one, which compiles and allocates."""

@@ -1,5 +1,6 @@
 """A finetuning run from its settings to the saved result."""
 
+import contextlib
 import copy
 import os
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer, get_peft_config
 
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.backends import default_backend
 from gptoss_kernels.integrations.mxfp4 import packed_parameters
 
+from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
@@ -34,6 +37,7 @@ from .preflight import (
     check_processes,
     check_settings,
     find_checkpoint,
+    gradient_bytes,
     is_sharded,
     memory_floor,
     optimizer_state_bytes,
@@ -58,6 +62,8 @@ class Result:
 
 class Trainer(SFTTrainer):
     """SFTTrainer for data that `data.prepare` made, in which each token's loss has a weight.
+
+    A checkpoint appears whole or not at all, and older ones are deleted after that.
 
     The loss is sum(weight * -log p) / sum(weight), over all tokens of an optimizer step (its micro-batches and
     processes) or, held out, of the whole split: a mean over batches would weigh a short one up.
@@ -85,6 +91,7 @@ class Trainer(SFTTrainer):
         args = copy.copy(args)  # TRL's own packing takes no other collator, and its labels have no weights
         args.packing = args.padding_free = args.assistant_only_loss = False
         args.eval_packing, args.dataset_kwargs = None, {"skip_prepare_dataset": True}
+        self._unfinished = False
         super().__init__(
             args=args,
             data_collator=collator,
@@ -98,6 +105,97 @@ class Trainer(SFTTrainer):
                 "parallelism_config: context and sequence parallelism neither keep packed documents apart nor carry "
                 "loss weights"
             )
+
+    def _get_output_dir(self, trial=None):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, saving.UNFINISHED) if self._unfinished else folder
+
+    @contextlib.contextmanager
+    def _beside(self, what: str):
+        """A place beside the run's results to save to, one for all processes: gives its path, and empties it after.
+
+        Raises:
+            SetupError: something could not be written.
+        """
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            saving.clear(folder)
+            (folder / saving.UNFINISHED).mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield folder / saving.UNFINISHED
+        except saving.ERRORS as error:
+            raise SetupError(
+                f"output_dir: cannot save {what} to {folder} ({' '.join(str(error).split())}); what was saved before "
+                "is as it was"
+            ) from error
+        finally:
+            if self.args.should_save:
+                saving.clear(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model, trial):
+        name, limit = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        place = Path(self._get_output_dir(trial)) / name
+        with self._beside(name) as unfinished:
+            self._unfinished, self.args.save_total_limit = True, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished, self.args.save_total_limit = False, limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+                    if best == place or best.is_dir():
+                        self.state.best_model_checkpoint = str(best)
+                        self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+                saving.rename_folder(unfinished / name, place)
+        if self.args.should_save:
+            rotate_checkpoints(str(place.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_result(self) -> None:
+        """Saves the model and its tokenizer to output_dir, each file in one step.
+
+        Raises:
+            SetupError: something could not be written.
+        """
+        with self._beside("the model") as unfinished:
+            self.save_model(str(unfinished), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saving.rename_files(unfinished, Path(self.args.output_dir))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.optim in optimizer.NAMES:
+            model = self.model if model is None else model
+            self.optimizer = optimizer.build(self.args, model.named_parameters(), self.get_decay_parameter_names(model))
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    def _in_backward(self) -> optimizer.AdamW8bit | None:
+        """The optimizer, if it takes its steps in the backward pass."""
+        own = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate has wrapped it
+        return own if isinstance(own, optimizer.AdamW8bit) and own.in_backward else None
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, which Transformers would follow by one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        if (own := self._in_backward()) is not None:
+            own.accumulating = not self.accelerator.sync_gradients
+        return super().training_step(*args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None and (own := self._in_backward()) is not None:
+            return own.grad_norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "loss_weights", "seq_lengths"]
@@ -141,6 +239,10 @@ class Trainer(SFTTrainer):
         if "eval_loss" in logs:
             loss, weight = self.accelerator.reduce(self._held_out, "sum").tolist()
             logs["eval_loss"] = loss / weight
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Speed):
+                    logs.update(callback.entries(self.state))
         super().log(logs, start_time)
 
 
@@ -187,7 +289,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     training.model_init_kwargs = None  # make_model has used them
     if model_args.base_weights == "mxfp4":
         training.ddp_broadcast_buffers = False  # the packed weights are buffers, and nobody changes them
-    speed = Speed()
+    speed = Speed(model)
     trainer = Trainer(
         model=model,
         args=training,
@@ -234,7 +336,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     steps_evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
     if test_data and trainer.state.global_step not in steps_evaluated:
         trainer.evaluate()
-    trainer.save_model(training.output_dir)
+    trainer.save_result()
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     started = training.eval_on_start and evaluations
     result = Result(
@@ -291,6 +393,7 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
                 dtype.itemsize,
                 optimizer_state_bytes(training, dtype),
                 training.world_size if sharded else 1,
+                gradient_bytes(training, dtype),
             ),
             torch.cuda.mem_get_info(training.device)[0],
             "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft; base_weights mxfp4)",

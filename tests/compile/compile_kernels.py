@@ -14,6 +14,7 @@ import torch
 import triton
 
 import gptoss_kernels
+from gptoss_kernels.adamw import step
 from gptoss_kernels.attention import tiles
 from gptoss_kernels.offline import compile_offline, descriptor
 
@@ -21,6 +22,7 @@ ATTENTION = {"forward_kernel": "forward", "dkdv_kernel": "dkdv", "dq_kernel": "d
 HOPPER = {"forward_hopper_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"}
 LAYERS = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
 MXFP4 = {"dequantize_kernel"}
+ADAMW = {"adamw_kernel"}
 EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
 FEATURES = {
     "full": {},
@@ -34,7 +36,7 @@ def package_kernels() -> dict:
     """Every @triton.jit function of the package whose name ends in _kernel."""
     found = {}
     for module in pkgutil.walk_packages(gptoss_kernels.__path__, "gptoss_kernels."):
-        if module.name.split(".")[1] not in ("attention", "experts", "layers", "mxfp4"):
+        if module.name.split(".")[1] not in ("adamw", "attention", "experts", "layers", "mxfp4"):
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, triton.runtime.jit.JITFunction) and name.endswith("_kernel"):
@@ -129,6 +131,15 @@ def mxfp4_arguments(kernel, dtype: torch.dtype) -> dict:
     return {name: known.get(name, dtype) for name in kernel.arg_names}
 
 
+def adamw_arguments(kernel, dtype: torch.dtype) -> dict:
+    """bf16 weights and gradients (fp16 stands in where there is no bf16: its size is the same)."""
+    known = dict(squares=torch.float32, STOCHASTIC=True, ROWS=step.ROWS, BLOCK=step.BLOCK, FRACTION=step.FRACTION)
+    known |= dict(zip(("HASH0", "HASH1", "HASH2"), step.HASH, strict=True), FIRST=step.FIRST, SECOND=step.SECOND)
+    known |= dict.fromkeys(("count", "key0", "key1"), "i32") | dict.fromkeys(("parameter", "grad"), dtype)
+    known |= {name: torch.uint8 for name in kernel.arg_names if name.startswith("exp_avg")}
+    return {name: known.get(name, "fp32") for name in kernel.arg_names}
+
+
 def variants(name: str, capability: int):
     """(head_dim, dtype, feature) to compile on an architecture: gpt-oss's shape, and what is tightest where it is."""
     half = torch.float16 if capability == 75 else torch.bfloat16
@@ -152,13 +163,13 @@ def variants(name: str, capability: int):
 
 # kernel -> what makes its arguments
 OTHERS = dict.fromkeys(EXPERTS, experts_arguments) | dict.fromkeys(LAYERS, layer_arguments)
-OTHERS |= dict.fromkeys(MXFP4, mxfp4_arguments)
+OTHERS |= dict.fromkeys(MXFP4, mxfp4_arguments) | dict.fromkeys(ADAMW, adamw_arguments)
 
 
 def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.dtype, feature: str) -> dict:
     if name in OTHERS:
         arguments = OTHERS[name](kernel, dtype)
-        warps = 8 if name == "cross_entropy_kernel" else 4
+        warps = 8 if name in ("cross_entropy_kernel", "adamw_kernel") else 4
         used = compile_offline(kernel, arguments, capability, num_warps=warps, num_stages=3)
         row = {"kernel": name, "capability": capability, "head_dim": head_dim, "feature": feature}
         return row | dataclasses.asdict(used)
