@@ -200,7 +200,7 @@ def test_new_lengths_and_documents_compile_nothing_new():
             kernels += [hopper.forward_hopper_kernel, hopper.dkdv_hopper_kernel, hopper.dq_hopper_kernel]
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
-    for tokens in (1024, 1000):  # with and without a ragged end
+    for tokens in (1024, 1000, 1025):  # each way to launch, with and without a ragged end
         step(tokens, (tokens,), None)
     before = compiled()
     for documents in ((1, 1023), (500, 524), (1,) * 16 + (1009,), (7, 8, 9, 300, 701)):

@@ -7,7 +7,7 @@ import torch
 
 from gptoss_kernels import flash_attention
 from gptoss_kernels.integrations import transformers as integration
-from gptoss_kernels.testing import random_gpt_oss, relative_error
+from gptoss_kernels.testing import random_gpt_oss
 
 from .conftest import assert_close, assert_gradients_close, logits, loss_and_gradients, through
 
@@ -61,6 +61,12 @@ def test_bfloat16_is_as_close_to_fp32_as_eager(gpu_model, tokens):
     with torch.no_grad():
         for ours, theirs in zip(half.parameters(), gpu_model.parameters(), strict=True):
             ours.copy_(theirs)
-    eager = relative_error(logits(half, ids), exact)
+
+    def error():
+        # The median token's: where rounding changes a token's choice of experts, its error is that of another choice.
+        difference = logits(half, ids).double() - exact.double()
+        return (difference.norm(dim=-1) / exact.double().norm(dim=-1)).median()
+
+    eager = error()
     with through("registered", half):
-        assert relative_error(logits(half, ids), exact) <= 1.2 * eager
+        assert error() <= 1.2 * eager
