@@ -97,7 +97,7 @@ class _LoRAExperts(torch.autograd.Function):
         return dx, drouting, da1, dc1, da2, dc2, *[None] * 9
 
 
-def _factors(lora, dtype: torch.dtype) -> tuple:
+def factors(lora, dtype: torch.dtype) -> tuple:
     """(A (experts, rank, in), scaling B^T (experts, rank, out)) in dtype, or Nones. Zeros fill the rank up to a
     multiple of 8, the 16 bytes that torch's grouped_mm wants rows to begin on."""
     if lora is None:
@@ -111,8 +111,9 @@ def _factors(lora, dtype: torch.dtype) -> tuple:
 
 @torch.compiler.disable
 def triton_lora_experts(
-    x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, gate_up_lora, down_lora, s1, s2
+    x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, a1, c1, a2, c2, s1=None, s2=None
 ):
-    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`."""
-    factors = *_factors(gate_up_lora, x.dtype), *_factors(down_lora, x.dtype)
-    return _LoRAExperts.apply(x, routing_weights, *factors, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2)
+    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`. a1 … c2: of `factors`, for each projection."""
+    return _LoRAExperts.apply(
+        x, routing_weights, a1, c1, a2, c2, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2
+    )
