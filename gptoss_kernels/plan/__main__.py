@@ -5,8 +5,8 @@ python -m gptoss_kernels.plan --model gpt-oss-120b --method lora --base-weights 
 python -m gptoss_kernels.plan --model gpt-oss-20b --method full --context 8192 --gpu-memory 80 --gpus 8
 python -m gptoss_kernels.plan --config configs/sft_lora.yaml --gpu-memory 80 --plot memory.png
 
-Exit code: 0 it fits, 1 it does not, 2 bad arguments. The predicted stack is this package's: its attention, experts, norms
-and loss, gradient checkpointing, one document a row; packed shorter ones take the same memory and less time.
+Exit code: 0 it fits, 1 it does not, 2 bad arguments. The predicted stack is this package's: its attention, experts,
+norms and loss, gradient checkpointing, one document a row; packed shorter ones take the same memory and less time.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import csv
 import datetime
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +30,7 @@ NEEDED = (
     "num_local_experts", "num_experts_per_tok", "vocab_size", "sliding_window", "max_position_embeddings",
 )  # fmt: skip
 DEFAULTS = {"attention_bias": True, "tie_word_embeddings": False}
-SWITCHES = {"method", "context", "gpu_memory", "gpus", "batch", "accumulation", "base_weights", "lora_targets", "lora_r",
-            "recomputation", "offload", "optim"}  # fmt: skip
+SETTINGS = [field.name for field in fields(Settings)]
 
 
 def load_config(name: str) -> SimpleNamespace:
@@ -138,7 +137,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
         model, given = settings_of(parse_config(["--use_cpu=true", "--output_dir=.", "--config", options.config]))
         if given["context"] is None and options.context is None:
             fail(f"context: expected a number of tokens, got nothing (max_length in {options.config} is null)")
-    given |= {name: value for name in SWITCHES if (value := getattr(options, name, None)) is not None}
+    given |= {name: value for name in SETTINGS if (value := getattr(options, name, None)) is not None}
     if isinstance(given.get("lora_targets"), str):
         given["lora_targets"] = tuple(part.strip() for part in given["lora_targets"].split(","))
     model = options.model or model
@@ -148,9 +147,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
         config = load_config(model)
         settings = Settings(**given)
         if settings.context > config.max_position_embeddings:
-            raise ValueError(
-                f"context: {model} knows {config.max_position_embeddings} positions, got {settings.context}"
-            )
+            positions = config.max_position_embeddings
+            raise ValueError(f"context: {model} knows {positions} positions, got {settings.context}")
     except ValueError as error:
         fail(str(error))
     options.model = Path(model).name
@@ -284,8 +282,8 @@ def show(found: dict, settings: Settings, layers: int) -> None:
     speed = found["speed"]
     parts = ", ".join(f"{name} {ms:,.0f}" for name, ms in speed["parts"].items())
     estimate = ", an estimate: see --efficiency" if speed["estimate"] else ""
-    print(f"{speed['tokens_per_second']:,.0f} tokens/s on {settings.gpus} x {speed['gpu']}{estimate} ({speed['step_ms']:,.0f} "
-          f"ms a step, bound by {speed['bound']}; MFU {speed['mfu']:.2f})")  # fmt: skip
+    print(f"{speed['tokens_per_second']:,.0f} tokens/s on {settings.gpus} x {speed['gpu']}{estimate}")
+    print(f"  {speed['step_ms']:,.0f} ms a step, bound by {speed['bound']}; MFU {speed['mfu']:.2f}")
     print(f"  ms: {parts}")
 
 

@@ -90,7 +90,8 @@ class Settings:
         offload: the layers' inputs wait in the host's memory (activation_offloading).
         optim: as sft.py's.
         itemsize: bytes of a weight and an activation.
-        kept: numbers of layers that keep attention's results, the experts' and all, in place of what `auto` would choose.
+        kept: numbers of layers that keep attention's results, the experts' and all, in place of what `recomputation`
+            would choose.
 
     Raises:
         ValueError: a value that is none of these, or settings that exclude each other; the message names the setting.
@@ -300,7 +301,7 @@ def host_bytes(config, settings: Settings) -> int:
 
 
 class _Step:
-    """Sizes of a step in which the last kept[0], kept[1] and kept[2] layers keep attention's, the experts' results, all.
+    """Sizes of a step in which the last kept[0], [1] and [2] layers keep attention's results, the experts', all.
 
     Upper-case names are bytes of a token (or of a row of the experts' products, of which a token has top_k).
     """
@@ -333,8 +334,6 @@ class _Step:
         self.outer = self.full or "experts" in adapters  # `weighted` is needed
         self.pass_tokens = self.tokens if self.full else min(self.tokens, EXPERTS_CHUNK)
 
-    # ------------------------------------------------------------------------------------------- what is there all along
-
     def constant(self) -> dict[str, int]:
         shapes, settings = self.shapes, self.settings
         dense, packed = shapes.weights(settings)
@@ -355,8 +354,6 @@ class _Step:
             parts["weights_dense"] = dense // settings.gpus
             parts["gathered"] = (2 * shapes.layer_elements + sum(shapes.outside)) * settings.itemsize
         return parts
-
-    # -------------------------------------------------------------------------------------------------------- gradients
 
     def layer_gradients(self) -> int:
         """Bytes that stay of a layer's gradients, from its backward pass on."""
@@ -381,8 +378,6 @@ class _Step:
         return done * self.layer_gradients() + self.outside_gradients(
             sum(shapes.outside) if everything else shapes.outside[-2]
         )
-
-    # ------------------------------------------------------------------------------------------------------- activations
 
     def held(self, layers: int) -> dict[str, int]:
         """What the first `layers` layers hold for their backward passes."""
@@ -438,8 +433,6 @@ class _Step:
         # TRL's: gradients in fp32 and in the weights' dtype, tiles of 4,096 tokens and 32,768 words
         hidden = 2 * self.HIDDEN + self.config.hidden_size * (4 + size)
         return tokens * hidden + self.shapes.head * (4 + size) + min(tokens, 4096) * min(vocab, 32768) * size
-
-    # ------------------------------------------------------------------------------------------------------------ moments
 
     def moments(self):
         """(name, parts besides the constant ones) of each moment that can be the peak."""

@@ -1,4 +1,4 @@
-"""Time of a training step: what each kind of kernel computes or moves, over the share of the GPU's peak that it reached.
+"""Time of a training step: what each kind of kernel computes or moves, over the share of the peak that it reached.
 
 The shares come from measured rows, on an H100; on another GPU they are taken to be the same, which is an estimate.
 """
