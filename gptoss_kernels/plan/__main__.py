@@ -14,6 +14,7 @@ import csv
 import datetime
 import json
 import sys
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +108,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     add = parser.add_argument
     add("--model", help="a name of configs/models, a folder with config.json, or a .json file")
     add("--method", choices=["lora", "full"], help="adapters, or all weights; default lora")
-    add("--context", type=int, metavar="N", help="tokens of a row; default 8192")
+    add("--context", type=int, metavar="N", help="tokens of a row; default 8192, or what the model knows")
     add("--gpu-memory", type=float, metavar="GB", help="of one GPU, by its name: 16, 24, 48, 80, 141; default 80")
     add("--gpus", type=int, metavar="N", help="full: weights, gradients and states spread over them; lora: copies")
     add("--batch", type=int, metavar="N", help="rows of a forward pass; default 1")
@@ -131,6 +132,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
 
     model, given = None, {}
     if options.config:
+        # Transformers renamed gradient_checkpointing in 5.23 and warns about TRL's default.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
         from ..finetune.config import parse as parse_config
 
         # Looking needs no GPU, and bf16 would ask for one.
@@ -145,6 +148,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
         fail("model: expected a name, a folder or a .json file, got nothing")
     try:
         config = load_config(model)
+        given.setdefault("context", min(Settings.context, config.max_position_embeddings))
         settings = Settings(**given)
         if settings.context > config.max_position_embeddings:
             positions = config.max_position_embeddings
