@@ -115,6 +115,4 @@ def triton_lora_experts(
     x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, a1, c1, a2, c2, s1=None, s2=None
 ):
     """Checked arguments in, y out: see `gptoss_kernels.fused_experts`. a1 … c2: of `factors`, for each projection."""
-    return _LoRAExperts.apply(
-        x, routing_weights, a1, c1, a2, c2, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2
-    )
+    return _LoRAExperts.apply(x, routing_weights, a1, c1, a2, c2, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2)

@@ -51,7 +51,7 @@ def add_low_rank(out: torch.Tensor, low: torch.Tensor, factor: torch.Tensor, exp
         expert: (rows,) int32, sorted, as `Routing.expert`.
     """
     (rows, width), (experts, rank, _) = out.shape, factor.shape
-    block_r, block_w, block_k = 64, 128, max(16, min(64, triton.next_power_of_2(rank)))
+    block_r, block_w, block_k = 32, 128, max(16, min(64, triton.next_power_of_2(rank)))
     constants = dict(RANK=rank, WIDTH=width, BLOCK_R=block_r, BLOCK_W=block_w, BLOCK_K=block_k)
     launch(
         add_low_rank_kernel, (triton.cdiv(rows, block_r), triton.cdiv(width, block_w)),
