@@ -6,7 +6,7 @@ python -m benchmarks.mxfp4 step --targets attention,attention+experts --lengths 
 python -m benchmarks.mxfp4 step --weights mxfp4 --lengths 2048 --memory-gib 14.9          as on a 16 GB GPU
 python -m benchmarks.mxfp4 step --weights mxfp4 --model gpt-oss-120b
 python -m benchmarks.mxfp4 step --weights mxfp4 --lengths 131072 --offload
-python -m benchmarks.mxfp4 equal                       loss and gradients of adapters, over MXFP4 and over the same in bf16
+python -m benchmarks.mxfp4 equal                      loss and adapters' gradients, over MXFP4 and over the same in bf16
 
 A step is that of train_step.py. reserved_gib is the most that the process held, from building the model on.
 """

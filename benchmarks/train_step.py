@@ -50,7 +50,7 @@ LOSSES = ("ours", "trl", "liger", "logits")
 # GPU kernels by name; the first pattern that is found decides. GEMMs are those of projections and the LM head.
 PARTS = {
     "grouped_gemm_ms": r"GroupProblemShape|grouped",
-    "attention_ms": r"^(forward|dkdv|dq)(_hopper)?_kernel|[Ff]lash|FLASH|flex|softmax|triton_tem_fused|cutlass.*[Aa]ttn",
+    "attention_ms": r"^(forward|dkdv|dq)(_hopper)?_kernel|[Ff]lash|FLASH|flex|softmax|triton_tem|cutlass.*[Aa]ttn",
     "loss_ms": r"cross_entropy|liger_",
     "gemm_ms": r"nvjet|gemm|cutlass|splitKreduce",
     "experts_ms": r"^(activation|combine|expert_sum)|gather_kernel|radix_sort|RadixSort|topk|TopK|searchsorted",

@@ -33,8 +33,8 @@ def fused_experts(
     act is the clamped SwiGLU over interleaved columns: gate (even) <= limit, |up| (odd) <= limit,
     (up + 1) gate sigmoid(alpha gate). Exact and differentiable in x, routing_weights and the four parameters; each
     gradient is computed only if it is needed. For the backward pass it keeps x, the pre-activation
-    (tokens * top_k, 2 * intermediate) and the routing. Frozen weights take more than 32,768 tokens in passes of so many,
-    which does not change y.
+    (tokens * top_k, 2 * intermediate) and the routing. Frozen weights take more than 32,768 tokens in passes of as
+    many, which does not change y.
 
     Args:
         x: (tokens, hidden), fp16, bf16 or fp32.
