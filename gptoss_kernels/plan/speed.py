@@ -172,8 +172,8 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -
         add("dequantization", passes * shapes.projections * (size + 17 / GROUP))
         assumed = True
     if not full and "experts" in settings.lora_targets:
-        again = (count + experts) * (9 * act + 5 * expert_rows)
-        add("experts' adapters", tokens * (again + count * (10 * act + 9 * expert_rows)))
+        again = (count + experts) * (5 * act + 3 * expert_rows)
+        add("experts' adapters", tokens * (again + count * (8 * act + 7 * expert_rows)))
         assumed = True
     ms = {name: value * settings.accumulation for name, value in ms.items()}
     if full:

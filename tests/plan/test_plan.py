@@ -139,7 +139,9 @@ def test_constants_are_those_of_the_code():
     from gptoss_kernels.finetune import optimizer
     from gptoss_kernels.layers import loss
 
-    assert memory.LOSS_CHUNK == loss.CHUNK and memory.IN_BACKWARD == optimizer.IN_BACKWARD
+    assert memory.IN_BACKWARD == optimizer.IN_BACKWARD
+    for tokens in (1, 1000, 2047, 2048, 5001, 8192, 131072):
+        assert memory.loss_chunk(tokens) == min(tokens, loss.chunk_size(tokens))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit_sr", "adamw_torch_fused"])
