@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..provenance import commit
-from .memory import ALLOCATOR_MARGIN, CONTEXT, GIB, RECOMPUTATION, TARGETS, Memory, Settings, host_bytes, predict
+from .memory import CONTEXT, GIB, RECOMPUTATION, TARGETS, Memory, Settings, host_bytes, predict
 from .speed import BY_MEMORY, EFFICIENCY, GPUS, NO_ROW, Speed, step_time
 
 PROGRAM = "python -m gptoss_kernels.plan"
@@ -263,7 +263,7 @@ def show(found: dict, settings: Settings, layers: int) -> None:
         if size:
             line(name.replace("_", " "), size)
     line("total: torch's max_memory_allocated", found["total"], f"   (peak: {found['moment']})")
-    line(f"max_memory_reserved, {ALLOCATOR_MARGIN:.1%} more", found["reserved"])
+    line("max_memory_reserved", found["reserved"])
     line(f"with the CUDA context ({CONTEXT / GIB:g} GiB)", found["needed"], f"   of {found['capacity'] / GIB:.2f} GiB")
     kept = found["kept"]
     print(f"\n  of {layers} layers {kept['attention']} keep attention's results, {kept['experts']} the experts', "

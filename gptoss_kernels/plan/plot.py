@@ -5,7 +5,7 @@ import math
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from .memory import ALLOCATOR_MARGIN, CONTEXT, GIB, Settings, predict
+from .memory import GIB, Settings, predict
 
 # label -> parts of Memory, from the bottom up
 GROUPS = {
@@ -36,9 +36,7 @@ def draw(config, settings: Settings, path: str, title: str) -> None:
     contexts = sorted({round(2 ** (first + (last - first) * n / (POINTS - 1))) for n in range(POINTS)})
     memories = [predict(config, settings.but(context=context)) for context in contexts]
     layers = {label: [sum(m.parts[part] for part in parts) / GIB for m in memories] for label, parts in GROUPS.items()}
-    layers["allocator, cuBLAS, CUDA"] = [
-        (m.total * ALLOCATOR_MARGIN + m.parts["workspaces"] + CONTEXT) / GIB for m in memories
-    ]
+    layers["allocator, cuBLAS, CUDA"] = [(m.needed - m.total + m.workspaces) / GIB for m in memories]
     layers, colours = zip(
         *((item, colour) for item, colour in zip(layers.items(), COLOURS, strict=True) if max(item[1])), strict=True
     )
