@@ -293,7 +293,7 @@ def show(found: dict, settings: Settings, layers: int) -> None:
 
 def show_efficiency() -> None:
     print(
-        "\nshare of the peak, and the row of benchmarks/results that it comes from (H100; other GPUs are an estimate)"
+        "\nshare of the peak, and the row of benchmarks/results that it comes from (other GPUs than H100 and H200: an estimate)"
     )
     for name, share in EFFICIENCY.items():
         print(f"  {name:30s} {share.value:5.3f} of {share.of:10s} {share.row}")

@@ -21,12 +21,11 @@ RECOMPUTATION = ("lean", "auto", "fast")
 IN_BACKWARD = "adamw_8bit_sr_in_backward"  # finetune/optimizer.py
 
 # What the arithmetic cannot know. cuBLAS takes 32 MiB on Hopper for each thread that calls it, forward and backward;
-# how many layers `ours:auto` kept in benchmarks/results/train_step.csv tells what was reserved in the step before: more
-# than was allocated by 3 to 19% (32,768 tokens, 2f2cfa1) and 6 to 9% (16,384 tokens, 0a64a63) of what a step makes
-# beside weights and states. The CUDA context and its kernels, outside torch's count, are an estimate, as is the share
-# of a GPU's nominal memory that the driver leaves: 79.1 GiB of an H100's 80.
+# the ten rows of benchmarks/results/mxfp4.csv of 547ec65 and b905c43 reserved more than they allocated by 0.5 GiB and
+# 4.5% of what a step makes beside weights and states, to 0.7 GiB. The CUDA context and its kernels, outside torch's
+# count, are an estimate; of an H100's nominal 80 GiB torch sees 79.18 (memory_gib in those rows).
 WORKSPACES = 2 * 32 * 2**20
-ALLOCATOR_MARGIN = 0.07
+ALLOCATOR_BASE, ALLOCATOR_MARGIN = GIB // 2, 0.045
 LASTING = ("weights_dense", "weights_packed", "gathered", "adapters", "optimizer_states", "dequantization_buffer")
 CONTEXT = GIB // 2
 USABLE = 0.989
@@ -260,7 +259,7 @@ class Memory:
     def reserved(self) -> int:
         """torch's max_memory_reserved: with what the allocator cannot use between what comes and goes."""
         passing = sum(size for name, size in self.parts.items() if name not in LASTING)
-        return self.total + int(ALLOCATOR_MARGIN * passing)
+        return self.total + ALLOCATOR_BASE + int(ALLOCATOR_MARGIN * passing)
 
     @property
     def needed(self) -> int:

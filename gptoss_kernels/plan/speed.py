@@ -1,6 +1,7 @@
 """Time of a training step: what each kind of kernel computes or moves, over the share of the peak that it reached.
 
-The shares come from measured rows, on an H100; on another GPU they are taken to be the same, which is an estimate.
+The shares come from measured rows, on an H100 and an H200; on another GPU they are taken to be the same, which is an
+estimate.
 """
 
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ GPUS = {
     "L40S": GPU(362e12, 0.864e12, 32e9, 48), "L40": GPU(181e12, 0.864e12, 32e9, 48),
     "L4": GPU(121e12, 0.3e12, 32e9, 24),
 }  # fmt: skip
-MEASURED = "H100"
+MEASURED = ("H100", "H200")
 # `gpu` when only a memory is given: the first that has it.
 BY_MEMORY = ("L4", "L40S", "H100", "H200", "B200")
 
 _STEP = "train_step.csv 0a64a63"
+_PACKED = "mxfp4.csv b905c43"
+_FULL = "train_step.csv 62b7c25, full"
 _ATTENTION = "attention.csv 550da47, 16,384 tokens"
 NO_ROW = "no row yet: assumed"
 
@@ -45,22 +48,26 @@ EFFICIENCY = {
     "attention, full, backward": Share(0.470, "FLOP/s", _ATTENTION),
     "attention, window, forward": Share(0.41, "bandwidth", _ATTENTION),
     "attention, window, backward": Share(0.36, "bandwidth", _ATTENTION),
-    "attention, in a step": Share(0.86, "itself", "train_step.csv 0a64a63 over attention.csv 872bcad, 16,384 tokens"),
-    "grouped products": Share(0.68, "FLOP/s", f"{_STEP}, ours:lean, 4,096 to 32,768 tokens: times n / (n + 100)"),
+    "attention, in a step": Share(0.89, "itself", f"{_PACKED} over attention.csv 550da47, 16,384 tokens"),
+    "grouped products": Share(0.67, "FLOP/s", f"{_STEP}, ours:lean, mxfp4.csv 547ec65, 120b: / (1 + (190/n)^1.57)"),
     "projections and LM head": Share(0.549, "FLOP/s", f"{_STEP}, ours:lean, 16,384 tokens"),
+    "projections and LM head, trained": Share(0.72, "FLOP/s", f"{_FULL}, ours:lean, H200"),
     "loss": Share(0.346, "bandwidth", f"{_STEP}, ours:lean, 16,384 tokens"),
     "experts' kernels, forward": Share(0.815, "bandwidth", f"{_STEP}, ours:lean less ours:auto, 16,384 tokens"),
     "experts' kernels, backward": Share(0.624, "bandwidth", f"{_STEP}, ours:lean less ours:auto, 16,384 tokens"),
     "norms and rotary embedding": Share(0.876, "bandwidth", f"{_STEP}, ours:lean, 16,384 tokens"),
     "others": Share(0.63, "bandwidth", f"{_STEP}, ours:lean, 4,096 to 32,768 tokens, and 0.175 ms a layer"),
-    "dequantization": Share(0.8, "bandwidth", NO_ROW),
-    "experts' adapters": Share(0.6, "bandwidth", NO_ROW),
-    "optimizer": Share(0.8, "bandwidth", NO_ROW),
+    "dequantization": Share(0.82, "bandwidth", f"{_PACKED} and train_step.csv 0a64a63, 4,096 tokens: others"),
+    "experts' adapters": Share(0.74, "bandwidth", f"{_PACKED}, attention+experts less attention, 16,384 tokens"),
+    "optimizer": Share(0.35, "bandwidth", f"{_FULL}, ours:lean, H200: others, less what grows with tokens"),
+    "bandwidth, H200": Share(0.70, "itself", f"{_FULL}, ours:lean: kernels are not faster than on an H100"),
     "GPU to GPU": Share(0.7, "link", NO_ROW),
     "GPU to host": Share(0.8, "PCIe", NO_ROW),
 }
 OTHERS_MS = 0.175  # of a layer, at any length
-ROWS_HALF = 100  # rows of an expert at which grouped products run at half of their share
+# Rows of an expert at which grouped products run at half of their share, and how steep that is: measured from 128
+# rows (120b, 4,096 tokens) to 4,096.
+ROWS_HALF, ROWS_POWER = 190, 1.57
 # What the host takes for a layer, and for its recomputation; it bounds short steps. ours:auto and ours:lean at 4,096
 # tokens on the machine of train_step.csv 0a64a63: hosts differ by a factor of two (benchmarks/NOTES.md).
 HOST_MS, HOST_RECOMPUTE_MS = 8.0, 2.9
@@ -77,7 +84,7 @@ class Speed:
         bound: "GPU", "host", "GPU to GPU" or "GPU to host".
         tokens_per_second: of all GPUs.
         mfu: share of the peak in what a step needs, as benchmarks/train_step.py counts it.
-        estimate: another GPU than the measured one, or a share without a row.
+        estimate: another GPU than the measured ones, or a share without a row.
     """
 
     parts: dict[str, float] = field(default_factory=dict)
@@ -98,7 +105,7 @@ def pairs(config, context: int) -> list[tuple[bool, int]]:
     return result
 
 
-def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -> Speed:
+def step_time(config, settings: Settings, memory: Memory, gpu: str = "H100") -> Speed:
     """Time of a step that keeps what `memory` says.
 
     Args:
@@ -117,10 +124,11 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -
     count, top_k, inner = config.num_hidden_layers, config.num_experts_per_tok, config.intermediate_size
     attention, experts, whole = (count - kept for kept in memory.kept)  # layers that compute these again
     ms: dict[str, float] = {}
+    bandwidth = device.bandwidth * (EFFICIENCY["bandwidth, H200"].value if gpu == "H200" else 1.0)
 
     def add(name: str, amount: float, share: str | None = None, slower: float = 1.0) -> None:
         found = EFFICIENCY[share or name]
-        peak = device.flops if found.of == "FLOP/s" else device.bandwidth
+        peak = device.flops if found.of == "FLOP/s" else bandwidth
         ms[name] = ms.get(name, 0.0) + 1e3 * amount / (found.value * slower * peak)
 
     query = config.num_attention_heads * config.head_dim
@@ -142,12 +150,13 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -
     products = 3.0 if full else 2.0  # forward, for the input's gradient, for the weight's own
     grouped = 2.0 * tokens * top_k * 3 * config.hidden_size * inner
     rows = min(tokens, tokens if full else EXPERTS_CHUNK) * top_k / config.num_local_experts
-    add("grouped products", grouped * (products * count + experts), slower=rows / (rows + ROWS_HALF))
+    add("grouped products", grouped * (products * count + experts), slower=1 / (1 + (ROWS_HALF / rows) ** ROWS_POWER))
     linear = 2.0 * tokens * sum(n * m for n, m in shapes.linear)
     linear += 2.0 * tokens * shapes.layer["router"][0]
     head = 2.0 * tokens * shapes.head
     # TRL's loss, for a trained head, makes its logits again.
-    add("projections and LM head", linear * (products * count + whole) + head * (4 if full else 2))
+    share = "projections and LM head" + ", trained" * full
+    add("projections and LM head", linear * (products * count + whole) + head * (4 if full else 2), share)
     needed += products * (count * (grouped + linear) + head)
     add("loss", 3.0 * tokens * config.vocab_size * size)
 
@@ -170,17 +179,15 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -
     if settings.base_weights == "mxfp4":
         passes = -(-tokens // EXPERTS_CHUNK) * (2 * count + experts)
         add("dequantization", passes * shapes.projections * (size + 17 / GROUP))
-        assumed = True
     if not full and "experts" in settings.lora_targets:
         again = (count + experts) * (5 * act + 3 * expert_rows)
         add("experts' adapters", tokens * (again + count * (8 * act + 7 * expert_rows)))
-        assumed = True
     ms = {name: value * settings.accumulation for name, value in ms.items()}
     if full:
         # weights read and written, gradients read, moments read and written
         each = 2 * size + size + 2 * state_bytes(settings.optim, size, settings.sharded)
         add("optimizer", shapes.parameters * each / settings.gpus)
-        assumed = True
+        assumed = not settings.optim.startswith("adamw_8bit_sr")
 
     bounds = {"GPU": sum(ms.values()), "host": settings.accumulation * (count * HOST_MS + whole * HOST_RECOMPUTE_MS)}
     if settings.sharded:
@@ -200,5 +207,5 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = MEASURED) -
         bound=bound,
         tokens_per_second=1e3 * settings.gpus * settings.accumulation * tokens / step,
         mfu=settings.accumulation * needed / (step / 1e3) / device.flops,
-        estimate=assumed or gpu != MEASURED or settings.gpus > 1,
+        estimate=assumed or gpu not in MEASURED or settings.gpus > 1,
     )

@@ -12,6 +12,7 @@ from gptoss_kernels.plan.memory import GIB, Memory, Settings, Shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+OTHER_MS = ("step", "idle")
 MODELS = ("gpt-oss-20b", "gpt-oss-120b", "gpt-oss-tiny")
 
 
@@ -78,6 +79,21 @@ def test_time_of_everything_but_attention_within_a_tenth_of_measured_steps():
             expected = sum(float(row[name]) for name in parts.values())
             assert sum(found.parts[name] for name in parts) == pytest.approx(expected, rel=0.1), row
             assert found.step_ms >= sum(found.parts.values())
+
+
+def test_time_of_the_gpu_within_a_tenth_of_measured_steps():
+    """Rows since attention has its present kernels."""
+    found = 0
+    for row, given in measured_steps():
+        if row["commit"] in ("2f2cfa1", "0a64a63"):
+            continue
+        config, settings = load_config(row["model"]), Settings(context=int(row["tokens"]), kept=kept(row), **given)
+        gpu = next(name for name in ("H200", "H100") if name in row["gpu"])
+        parts = step_time(config, settings, predict(config, settings), gpu).parts
+        expected = sum(float(row[name]) for name in row if name.endswith("_ms") and name.split("_")[0] not in OTHER_MS)
+        assert sum(parts.values()) == pytest.approx(expected, rel=0.1), row
+        found += 1
+    assert found >= 10
 
 
 def test_attention_within_a_quarter_of_its_newest_rows():
@@ -357,6 +373,11 @@ def test_training_configurations(name, capsys):
 
 
 def test_predictions_were_recorded():
-    """Committed before they were measured; what was measured is compared above."""
-    found = {(row["targets"], row["tokens"]) for row in rows("plan_predictions.csv")}
-    assert {("attention", "8192"), ("attention+experts", "32768")} <= found
+    """Committed before they were measured; against what was measured since."""
+    names = ("model", "weights", "targets", "recomputation", "offload", "tokens")
+    predicted = {tuple(row[name] for name in names): row for row in rows("plan_predictions.csv")}
+    assert {(key[2], key[5]) for key in predicted} >= {("attention", "8192"), ("attention+experts", "32768")}
+    for row in rows("mxfp4.csv"):
+        if found := predicted.get(tuple(row[name] for name in names)):
+            assert float(found["peak_gib"]) == pytest.approx(float(row["peak_gib"]), rel=0.1)
+            assert float(found["reserved_gib"]) == pytest.approx(float(row["reserved_gib"]), rel=0.1)
