@@ -292,9 +292,7 @@ def show(found: dict, settings: Settings, layers: int) -> None:
 
 
 def show_efficiency() -> None:
-    print(
-        "\nshare of the peak, and the row of benchmarks/results that it comes from (other GPUs than H100 and H200: an estimate)"
-    )
+    print("\nshare of the peak, and the row of benchmarks/results that it comes from (for other GPUs: an estimate)")
     for name, share in EFFICIENCY.items():
         print(f"  {name:30s} {share.value:5.3f} of {share.of:10s} {share.row}")
     if any(share.row == NO_ROW for share in EFFICIENCY.values()):
