@@ -54,7 +54,7 @@ def layers_that_fit(count: int, free: int, attention: int, experts: int) -> tupl
 
 def loss_chunk(tokens: int) -> int:
     """Tokens whose logits exist at once: layers/loss.py's chunk_size, which cannot be imported without Triton."""
-    return min(tokens, 4096, max(1024, -(-tokens // 2)))
+    return min(tokens, 4096, max(512, -(-tokens // 4)))
 
 
 def state_bytes(optim: str, itemsize: int, sharded: bool = False) -> int:
