@@ -317,8 +317,8 @@ def test_fits(capsys):
     assert main("--model gpt-oss-20b --context 8192 --gpu-memory 80 --recomputation lean --efficiency".split()) == 0
     text = capsys.readouterr().out
     assert "fits; up to" in text and "tokens/s on 1 x H100" in text and "no row yet" in text
-    total = predict(load_config("gpt-oss-20b"), Settings(recomputation="lean")).total
-    assert f"{total / GIB:8.2f} GiB   (peak: loss)" in text
+    found = predict(load_config("gpt-oss-20b"), Settings(recomputation="lean"))
+    assert f"{found.total / GIB:8.2f} GiB   (peak: {found.moment})" in text
 
 
 def test_does_not_fit(capsys):
