@@ -21,10 +21,9 @@ RECOMPUTATION = ("lean", "auto", "fast")
 IN_BACKWARD = "adamw_8bit_sr_in_backward"  # finetune/optimizer.py
 
 # What the arithmetic cannot know. cuBLAS takes 32 MiB on Hopper, twice as train_step.csv's rows say (a handle for each
-# thread, forward and backward);
-# the ten rows of benchmarks/results/mxfp4.csv of 547ec65 and b905c43 reserved more than they allocated by 0.5 GiB and
-# 4.5% of what a step makes beside weights and states, to 0.7 GiB. The CUDA context and its kernels, outside torch's
-# count, are an estimate; of an H100's nominal 80 GiB torch sees 79.18 (memory_gib in those rows).
+# thread, forward and backward). The ten rows of benchmarks/results/mxfp4.csv of 547ec65 and b905c43 reserved more than
+# they allocated by 0.5 GiB and 4.5% of what a step makes beside weights and states, to 0.7 GiB. The CUDA context and
+# its kernels, outside torch's count, are an estimate; of an H100's nominal 80 GiB torch sees 79.18 (their memory_gib).
 WORKSPACES = 2 * 32 * 2**20
 ALLOCATOR_BASE, ALLOCATOR_MARGIN = GIB // 2, 0.045
 LASTING = ("weights_dense", "weights_packed", "gathered", "adapters", "optimizer_states", "dequantization_buffer")
