@@ -1,7 +1,7 @@
 """Will it fit, and how fast? Memory by part and tokens a second of a training step, predicted without a GPU.
 
 python -m gptoss_kernels.plan --model gpt-oss-20b --method lora --context 8192 --gpu-memory 80
-python -m gptoss_kernels.plan --model gpt-oss-120b --method lora --base-weights mxfp4 --context 4096 --gpu-memory 80
+python -m gptoss_kernels.plan --model gpt-oss-120b --method lora --context 4096 --gpu-memory 80
 python -m gptoss_kernels.plan --model gpt-oss-20b --method full --context 8192 --gpu-memory 80 --gpus 8
 python -m gptoss_kernels.plan --config configs/sft_lora.yaml --gpu-memory 80 --plot memory.png
 
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     add("--gpus", type=int, metavar="N", help="full: weights, gradients and states spread over them; lora: copies")
     add("--batch", type=int, metavar="N", help="rows of a forward pass; default 1")
     add("--accumulation", type=int, metavar="N", help="forward passes of a step; default 1")
-    add("--base-weights", choices=["mxfp4", "bf16"], help="of the experts under adapters; default bf16")
+    add("--base-weights", choices=["mxfp4", "bf16"], help="of the experts under adapters; default mxfp4")
     add("--lora-targets", metavar="PARTS", help=f"with commas between: {', '.join(TARGETS)}; default attention")
     add("--lora-r", type=int, metavar="N", help="rank of the adapters; default 8")
     add("--recomputation", choices=RECOMPUTATION, help="as sft.py's; default auto")
@@ -146,6 +146,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     model = options.model or model
     if model is None:
         fail("model: expected a name, a folder or a .json file, got nothing")
+    if given.get("method", Settings.method) == "lora":
+        given.setdefault("base_weights", "mxfp4")
     try:
         config = load_config(model)
         given.setdefault("context", min(Settings.context, config.max_position_embeddings))

@@ -317,12 +317,12 @@ def test_fits(capsys):
     assert main("--model gpt-oss-20b --context 8192 --gpu-memory 80 --recomputation lean --efficiency".split()) == 0
     text = capsys.readouterr().out
     assert "fits; up to" in text and "tokens/s on 1 x H100" in text and "no row yet" in text
-    found = predict(load_config("gpt-oss-20b"), Settings(recomputation="lean"))
+    found = predict(load_config("gpt-oss-20b"), Settings(base_weights="mxfp4", recomputation="lean"))
     assert f"{found.total / GIB:8.2f} GiB   (peak: {found.moment})" in text
 
 
 def test_does_not_fit(capsys):
-    assert main("--model gpt-oss-20b --gpu-memory 24".split()) == 1
+    assert main("--model gpt-oss-20b --base-weights bf16 --gpu-memory 24".split()) == 1
     text = capsys.readouterr().out
     assert "does not fit: " in text and "with --base-weights mxfp4: needs" in text and "tokens/s" not in text
     assert main("--model gpt-oss-120b --gpu-memory 24".split()) == 1
@@ -330,7 +330,7 @@ def test_does_not_fit(capsys):
 
 
 def test_json(capsys):
-    assert main("--model gpt-oss-20b --base-weights mxfp4 --gpu-memory 8 --json".split()) == 1
+    assert main("--model gpt-oss-20b --gpu-memory 8 --json".split()) == 1
     found = json.loads(capsys.readouterr().out)
     assert sum(found["parts"].values()) == found["total"] and not found["fits"]
     assert found["settings"]["base_weights"] == "mxfp4" and found["speed"]["tokens_per_second"] > 0
