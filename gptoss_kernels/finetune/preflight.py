@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from ..attention.fa4 import load_fa4
 from ..integrations.transformers import FA4_NAME, NAME
 from .config import Arguments, TrainingArguments
+from .engine import asked_for, is_sharded
 from .errors import SetupError
 from .optimizer import IN_BACKWARD, NAMES, parse_arguments
 
@@ -82,6 +83,8 @@ def check_settings(arguments: Arguments) -> None:
             f"hub_strategy: expected end or every_save, got {training.hub_strategy.value!r}; a checkpoint is renamed "
             "when it is whole, and an upload might still read it under its first name"
         )
+    if arguments.run.sample_prompt and is_sharded(training):
+        raise SetupError("sample_prompt: one process cannot generate with weights that are spread over several; leave it")
     optimizer = str(getattr(training.optim, "value", training.optim))
     if optimizer in NAMES:
         check_own_optimizer(arguments)
@@ -97,7 +100,7 @@ def check_own_optimizer(arguments: Arguments) -> None:
     parse_arguments(training.optim_args)
     if training.fp16 or arguments.model.dtype == "float16":
         raise SetupError(f"optim: {name} trains bf16 or fp32 weights without loss scaling; got fp16")
-    if training.deepspeed_plugin is not None or training.distributed_state.distributed_type.value == "FSDP":
+    if asked_for(training) is not None:
         raise SetupError(f"optim: {name} steps whole tensors; ZeRO and FSDP need adamw_torch_fused")
     if name != IN_BACKWARD:
         return
@@ -177,12 +180,6 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool, say: C
     for path in checkpoints:
         shutil.rmtree(path, ignore_errors=True)  # another rank may be at it too
     return None
-
-
-def is_sharded(training: TrainingArguments) -> bool:
-    """Whether the weights will be spread over the processes."""
-    zero3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
-    return zero3 or training.distributed_state.distributed_type.value == "FSDP"
 
 
 def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:

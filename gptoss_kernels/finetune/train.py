@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
+from .engine import Sharding, check_engine, is_sharded
 from .errors import SetupError
 from .loss import fuse_loss
 from .model import (
@@ -38,7 +40,6 @@ from .preflight import (
     check_settings,
     find_checkpoint,
     gradient_bytes,
-    is_sharded,
     memory_floor,
     optimizer_state_bytes,
 )
@@ -99,6 +100,11 @@ class Trainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self.args.bf16:
+            # Accelerate's policy rounds what the model returns, each token's log-probability too, to bf16.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise SetupError(
@@ -154,6 +160,13 @@ class Trainer(SFTTrainer):
         if self.args.should_save:
             rotate_checkpoints(str(place.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self._unfinished and self.is_fsdp_enabled and self.args.should_save:
+            # A sharded checkpoint holds weights alone: with these beside them, merged ones are a model.
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                part.save_pretrained(output_dir)
+
     def save_result(self) -> None:
         """Saves the model and its tokenizer to output_dir, each file in one step.
 
@@ -161,7 +174,13 @@ class Trainer(SFTTrainer):
             SetupError: something could not be written.
         """
         with self._beside("the model") as unfinished:
-            self.save_model(str(unfinished), _internal_call=True)
+            if self.is_fsdp_enabled:
+                # FSDP trains fp32 copies of the weights; gathered on the first process, they get their own dtype back.
+                state = self.accelerator.get_state_dict(self.model)
+                state = {name: x.to(self._dtypes.get(name, x.dtype)) for name, x in state.items()}
+                self._save(str(unfinished), state_dict=state)
+            else:
+                self.save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 saving.rename_files(unfinished, Path(self.args.output_dir))
@@ -257,6 +276,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         SetupError: whatever can be known to be wrong before the first step.
     """
     model_args, data_args, run_args, training = arguments.model, arguments.data, arguments.run, arguments.training
+    check_engine(training)
     check_settings(arguments)
     check_processes(run_args.num_processes, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count())
     main = training.process_index == 0
@@ -297,7 +317,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         eval_dataset=test_data,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[speed, *callbacks],
+        callbacks=[speed, Sharding(), *callbacks],
     )
     if model_args.fused_layers:
         patch_gpt_oss(trainer.model, attention=False, experts=False)

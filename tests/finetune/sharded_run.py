@@ -1,0 +1,62 @@
+"""Runs of sft.py's trainer as `accelerate launch --config_file` starts them, in forked processes without a GPU.
+
+Accelerate shards on GPUs alone: here it is told that the CPU is one. All else is what a node runs: the variables of the
+launcher from the file in configs/, fully_shard or DeepSpeed, checkpoints, resumption, the saved model.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def variables(config: Path, processes: int, mixed_precision: str) -> dict[str, str]:
+    """What `accelerate launch` sets for a file of its settings."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    argv = ["--config_file", str(config), "--num_processes", str(processes), "--mixed_precision", mixed_precision]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*argv, "sft.py"]))
+    before = dict(os.environ)
+    found = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    return {name: value for name, value in found.items() if before.get(name) != value}
+
+
+def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, port: int) -> dict:
+    """One process of a run. Gives its losses by step, and how the trainer's parameters were spread."""
+    os.environ |= launched | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_TORCH_DEVICE": "cpu",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    from gptoss_kernels.finetune import engine
+    from gptoss_kernels.finetune.config import parse
+
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+    engine.check_hardware = lambda training: None
+    if "ACCELERATE_USE_DEEPSPEED" in launched:
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # C++ compiled for minutes, to be faster than gloo
+    from transformers import TrainerCallback
+
+    from gptoss_kernels.finetune import train
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            parameters = list(model.parameters())
+            self.local = sum(engine.local_elements(p) for p in parameters)
+            self.total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.history = [entry for entry in state.log_history if "loss" in entry]
+
+    watch = Watch()
+    train.run(parse(argv), callbacks=(watch,))
+    losses = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in watch.history]
+    return {"losses": losses, "local": watch.local, "total": watch.total}
