@@ -60,6 +60,11 @@ def is_sharded(training) -> bool:
     return engine == FSDP or engine == DEEPSPEED and training.deepspeed_plugin.zero_stage == 3
 
 
+def numel(p: torch.Tensor) -> int:
+    """Elements of a parameter on all processes together."""
+    return getattr(p, "ds_numel", p.numel())  # ZeRO-3 leaves an empty tensor where it keeps a part elsewhere
+
+
 def local_elements(p: torch.Tensor) -> int | None:
     """Elements of a parameter that this process keeps, if FSDP2 or ZeRO-3 shards it; else None."""
     if isinstance(p, DTensor):
@@ -74,7 +79,7 @@ def check_sharding(model: torch.nn.Module, processes: int) -> None:
     if whole:
         raise SetupError(f"distributed_type: {len(whole)} parameters are not sharded ({', '.join(whole[:3])}, ...)")
     kept = sum(local_elements(p) for _, p in trained)
-    total = sum(getattr(p, "ds_numel", p.numel()) for _, p in trained)
+    total = sum(numel(p) for _, p in trained)
     if processes > 1 and kept > 0.9 * total:
         raise SetupError(
             f"distributed_type: expected parameters spread over {processes} processes, and this one keeps {kept:,} of "

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -21,7 +22,7 @@ from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
-from .engine import Sharding, check_engine, is_sharded
+from .engine import Sharding, check_engine, is_sharded, numel
 from .errors import SetupError
 from .loss import fuse_loss
 from .model import (
@@ -35,11 +36,14 @@ from .model import (
 )
 from .packing import Collator
 from .preflight import (
+    check_host_memory,
     check_memory,
     check_processes,
     check_settings,
     find_checkpoint,
     gradient_bytes,
+    host_bytes,
+    kept_dtype,
     memory_floor,
     optimizer_state_bytes,
 )
@@ -331,8 +335,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     attention = f"attention {model_args.attn_implementation}"
     if model_args.attn_implementation == "gptoss_triton":
         attention += f" (backend {default_backend(queries)})"
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    parameters = model.num_parameters() + packed_parameters(model)
+    trained = sum(map(numel, filter(lambda p: p.requires_grad, trainer.model.parameters())))
+    parameters = sum(map(numel, model.parameters())) + packed_parameters(model)
     say(f"model: {model_args.model_name_or_path}, {parameters:,} parameters, {trained:,} trained")
     say(f"trained: {', '.join(f'{part} {count:,}' for part, count in census(trainer.model).items())}")
     say(f"{attention}, {queries.dtype}, on {training.device}")
@@ -403,17 +407,20 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         raise SetupError("base_weights: mxfp4 weights are not spread over GPUs; ZeRO-3 and FSDP need bf16")
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else getattr(config, "dtype", None) or torch.bfloat16
     if training.device.type == "cuda":
-        parameters = count_parameters(config)
+        parameters, kept = count_parameters(config), kept_dtype(training, dtype)
+        trainable = 0 if args.use_peft else parameters
+        hosts = training.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_host_memory(host_bytes(training, trainable) // hosts, psutil.virtual_memory().total)
         check_memory(
             count_packed_bytes(config, dtype)
             if packed
             else memory_floor(
                 parameters,
-                0 if args.use_peft else parameters,
-                dtype.itemsize,
-                optimizer_state_bytes(training, dtype),
+                trainable,
+                kept.itemsize,
+                optimizer_state_bytes(training, kept),
                 training.world_size if sharded else 1,
-                gradient_bytes(training, dtype),
+                gradient_bytes(training, kept),
             ),
             torch.cuda.mem_get_info(training.device)[0],
             "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft; base_weights mxfp4)",

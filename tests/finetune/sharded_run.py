@@ -49,7 +49,7 @@ def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, po
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             parameters = list(model.parameters())
             self.kept = sum(engine.local_elements(p) for p in parameters)
-            self.total = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+            self.total = sum(map(engine.numel, parameters))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.history = [entry for entry in state.log_history if "loss" in entry]
