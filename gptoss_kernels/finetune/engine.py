@@ -33,8 +33,8 @@ def check_hardware(training) -> None:
     engine = asked_for(training)
     if engine is not None and (training.use_cpu or _set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()):
         raise ValueError(
-            f"distributed_type: {engine} shards on GPUs alone, and this run is on the CPU, where Accelerate would train "
-            "without it; start it without `accelerate launch --config_file ...`"
+            f"distributed_type: {engine} shards on GPUs alone, and this run is on the CPU, where Accelerate would "
+            "train without it; start it without `accelerate launch --config_file ...`"
         )
 
 

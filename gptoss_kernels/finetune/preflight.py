@@ -84,7 +84,9 @@ def check_settings(arguments: Arguments) -> None:
             "when it is whole, and an upload might still read it under its first name"
         )
     if arguments.run.sample_prompt and is_sharded(training):
-        raise SetupError("sample_prompt: one process cannot generate with weights that are spread over several; leave it")
+        raise SetupError(
+            "sample_prompt: one process cannot generate with weights that are spread over several; leave it"
+        )
     optimizer = str(getattr(training.optim, "value", training.optim))
     if optimizer in NAMES:
         check_own_optimizer(arguments)

@@ -27,7 +27,7 @@ def variables(config: Path, processes: int, mixed_precision: str) -> dict[str, s
 
 
 def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, port: int) -> dict:
-    """One process of a run. Gives (step, loss, gradient norm) of its steps, and how many elements it kept of how many."""
+    """One process of a run. Gives (step, loss, gradient norm) by step, and how many elements it kept of how many."""
     os.environ |= launched | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_TORCH_DEVICE": "cpu",

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sharded_run import without_cpp
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-from sharded_run import without_cpp
 
 from gptoss_kernels import patch_gpt_oss
 from gptoss_kernels.finetune.engine import check_sharding
@@ -116,6 +115,8 @@ def run(mode: str, steps: range, source: Path, target: Path, rank: int, processe
     kernels = {"attn_implementation": "gptoss_triton", "experts_implementation": "gptoss_triton"}
     model = patch_gpt_oss(random_gpt_oss(num_hidden_layers=2, seed=7, **kernels)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    result = zero3(model, steps, source, target) if mode == "zero3" else plain_or_fsdp2(mode, model, steps, source, target)
+    result = (
+        zero3(model, steps, source, target) if mode == "zero3" else plain_or_fsdp2(mode, model, steps, source, target)
+    )
     dist.barrier()
     return result
