@@ -26,7 +26,7 @@ deepspeed = pytest.mark.skipif(
 
 
 def _child(rank: int, run, arguments: tuple, output: Path) -> None:
-    os.environ |= {"TRITON_INTERPRET": "0", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    os.environ |= {"TRITON_INTERPRET": "0", "DS_ACCELERATOR": "cpu"}
     sys.stdout = sys.stderr = open(f"{output}.{rank}.txt", "w", encoding="utf-8", buffering=1)
     try:
         result = run(*arguments, rank)
@@ -62,6 +62,7 @@ def forked(processes: int, output: Path, run, *arguments) -> dict:
 
 
 def _steps(mode, processes, first, last, source, target, rendezvous, rank):
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     return sharded_steps.run(mode, range(first, last + 1), source, target, rank, processes, rendezvous)
 
 
@@ -124,7 +125,7 @@ def keys(checkpoint: Path, dataset: str, folder: Path, processes: int, **more) -
         "config": ROOT / "configs" / "sft_full.yaml", "model_name_or_path": checkpoint, "tokenizer_name":
         ROOT / "data" / "tokenizer", "dataset_name": dataset, "output_dir": folder, "num_processes": processes,
         "per_device_train_batch_size": 2 // processes, "max_length": 384, "dtype": "float32", "bf16": "false",
-        "max_steps": 3, "learning_rate": 3e-3, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 2,
+        "max_steps": 3, "logging_steps": 1, "learning_rate": 3e-3, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 2,
         "report_to": "none", "disable_tqdm": "true",
     } | more  # fmt: skip
     return [f"--{key}={value}" for key, value in found.items()]
