@@ -125,8 +125,8 @@ def keys(checkpoint: Path, dataset: str, folder: Path, processes: int, **more) -
         "config": ROOT / "configs" / "sft_full.yaml", "model_name_or_path": checkpoint, "tokenizer_name":
         ROOT / "data" / "tokenizer", "dataset_name": dataset, "output_dir": folder, "num_processes": processes,
         "per_device_train_batch_size": 2 // processes, "max_length": 384, "dtype": "float32", "bf16": "false",
-        "max_steps": 3, "logging_steps": 1, "learning_rate": 3e-3, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 2,
-        "report_to": "none", "disable_tqdm": "true",
+        "max_steps": 3, "logging_steps": 1, "learning_rate": 3e-3, "warmup_steps": 0, "save_strategy": "steps",
+        "save_steps": 2, "report_to": "none", "disable_tqdm": "true",
     } | more  # fmt: skip
     return [f"--{key}={value}" for key, value in found.items()]
 
