@@ -111,7 +111,8 @@ def run(mode: str, steps: range, source: Path, target: Path, rank: int, processe
         losses over all rows, the number of parameters and how many of them this process holds.
     """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes)
     kernels = {"attn_implementation": "gptoss_triton", "experts_implementation": "gptoss_triton"}
     model = patch_gpt_oss(random_gpt_oss(num_hidden_layers=2, seed=7, **kernels)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
