@@ -100,7 +100,7 @@ def test_fsdp2(one, tmp_path):
 
 
 def _zero3(folder, rendezvous, rank):
-    """Two steps and a save, and two more with a new engine; in the same processes, as importing DeepSpeed takes long."""
+    """Two steps and a save, and two more with a new engine, in the same processes: importing DeepSpeed takes long."""
     return [_steps("zero3", 2, first, first + 1, folder, folder, rendezvous, rank) for first in (1, 3)]
 
 
