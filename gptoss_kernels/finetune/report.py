@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from ..plan.speed import GPUS
+from .engine import numel
 
 # Two of the Okabe-Ito colours and a neutral, told apart with any colour vision; the line styles differ too.
 TRAIN, HELD_OUT, BIGRAM = "#0072B2", "#D55E00", "#555555"
@@ -28,10 +29,11 @@ def flops_per_token(model: torch.nn.Module) -> float:
     """
     config, total = model.config, 0.0
     for name, p in model.named_parameters():
-        if p.ndim < 2 or "embed_tokens" in name or name.endswith("proj_bias"):
+        ndim = len(getattr(p, "ds_shape", p.shape))  # ZeRO-3's
+        if ndim < 2 or "embed_tokens" in name or name.endswith("proj_bias"):
             continue
-        share = config.num_experts_per_tok / config.num_local_experts if p.ndim == 3 else 1.0
-        total += (6.0 if p.requires_grad else 4.0) * share * p.numel()
+        share = config.num_experts_per_tok / config.num_local_experts if ndim == 3 else 1.0
+        total += (6.0 if p.requires_grad else 4.0) * share * numel(p)
     return total
 
 
