@@ -262,6 +262,10 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     main = training.process_index == 0
     say = print if main else lambda *_: None
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, run_args.overwrite, say)
+    if run_args.verify:
+        from ..verify import before_training  # it builds its trainer with this module
+
+        before_training(arguments, say)
 
     random = model_args.model_init == "random"
     if random:

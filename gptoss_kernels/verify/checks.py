@@ -4,12 +4,14 @@ A check that compares with the written-out reference can only be judged where wh
 names the checks whose failure explains this one's. All others compare the stack with itself, or look at one part alone.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..finetune.config import LORA_TARGETS
+from ..finetune.errors import SetupError
 from ..finetune.model import census
 from ..testing import relative_error
 from .stack import Stack
@@ -61,12 +63,18 @@ def check(name: str, advice: str, after: tuple[str, ...] = ()) -> Callable:
 
 
 def run_checks(stack: Stack, say: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """A row for each check. An exception within a check is its failure."""
+    """A row for each check. An exception within a check is its failure.
+
+    Raises:
+        SetupError: the GPU's memory does not suffice.
+    """
     rows: dict[str, Row] = {}
     for one in CHECKS:
         try:
             found = one.measure(stack)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        except torch.OutOfMemoryError as error:
+            raise SetupError(f"verify: {one.name}: the GPU is too small for it, or too full") from error
+        except Exception as error:  # whatever a stack raises, it does not do what the check asks of it
             found = Finding(True, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         status = FAIL if found.wrong else PASS if found.figure is not None else NOT_APPLICABLE
         advice = one.advice if found.wrong else ""
@@ -114,19 +122,8 @@ def trained_parameters(stack: Stack) -> Finding:
         expected = {part: len(stack.layers) * args.lora_r * sizes[part] for part in LORA_TARGETS if part in targets}
     text = ", ".join(f"{part} {count:,}" for part, count in found.items()) or "none"
     wanted = ", ".join(f"{part} {count:,}" for part, count in expected.items())
-    return Finding(found != expected, float(sum(found.values())), text + remark, wanted)
-
-
-def adapters_by_kind(stack: Stack) -> dict[str, list[torch.nn.Parameter]]:
-    """LoRA's B matrices, by the projection that they adapt."""
-    kinds: dict[str, list] = {}
-    for name, module in stack.model.named_modules():
-        if not hasattr(module, "lora_B") or not len(module.lora_B):
-            continue
-        kind = getattr(module, "parameter_name", None) or name.rpartition(".")[2]
-        kind = "router" if kind == "weight" else kind
-        kinds.setdefault(kind, []).extend(x.weight for x in module.lora_B.values())
-    return kinds
+    wrong = found != expected
+    return Finding(wrong, float(sum(found.values())), text + remark, wanted if wrong else "as asked for")
 
 
 @check(
@@ -136,37 +133,19 @@ def adapters_by_kind(stack: Stack) -> dict[str, list[torch.nn.Parameter]]:
 )
 def adapters_applied(stack: Stack) -> Finding:
     """Each kind of adapter alone moves the output as much as it must."""
-    kinds = adapters_by_kind(stack)
-    if not kinds:
+    if not stack.adapters():
         return nothing("no adapters")
-    saved = [(b, b.detach().clone()) for blocks in kinds.values() for b in blocks]
     ids, routing = stack.ids[0], stack.routing[0]
 
-    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
-        stack.exact.refresh()
-        with torch.no_grad():
-            return (
-                stack.forward(ids[None], routing=routing, attention_mask=torch.ones_like(ids)[None]).hidden[0].double(),
-                stack.exact.hidden(ids, routing)[0].double(),
-            )
+    def outputs(kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        with stack.only(kind), torch.no_grad():
+            found = stack.forward(ids[None], routing=routing, attention_mask=torch.ones_like(ids)[None]).hidden[0]
+            return found.double(), stack.exact.hidden(ids, routing)[0].double()
 
-    ratios = {}
-    try:
-        for b, _ in saved:
-            b.data.zero_()
-        without = outputs()
-        for kind, blocks in kinds.items():
-            for b, value in saved:
-                if any(b is x for x in blocks):
-                    b.data.copy_(value)
-            moved, expected = (x - y for x, y in zip(outputs(), without, strict=True))
-            ratios[kind] = ((moved * expected).sum() / expected.square().sum()).item()
-            for b in blocks:
-                b.data.zero_()
-    finally:
-        for b, value in saved:
-            b.data.copy_(value)
-        stack.exact.refresh()
+    without, ratios = outputs(None), {}
+    for kind in stack.adapters():
+        moved, expected = (x - y for x, y in zip(outputs(kind), without, strict=True))
+        ratios[kind] = ((moved * expected).sum() / expected.square().sum()).item()
     worst = max(ratios, key=lambda kind: abs(ratios[kind] - 1))
     figure = ratios[worst]
     return Finding(
@@ -231,7 +210,9 @@ def padded(stack: Stack) -> Finding:
     return relative(figures[side], stack.limit(stack.rounding), f"{side}: relative error")
 
 
-@check("decode = prefill", "generate with the default dynamic cache, and the attention that was trained with", ("window",))
+@check(
+    "decode = prefill", "generate with the default dynamic cache, and the attention that was trained with", ("window",)
+)
 def decode(stack: Stack) -> Finding:
     """Token by token through the cache, beyond the window, as in one pass."""
     ids, routing, steps = stack.ids[2], stack.routing[2], 6
@@ -257,6 +238,17 @@ def decode(stack: Stack) -> Finding:
 
 
 # ------------------------------------------------------------------------------------------------------- activation
+
+
+def experts_alone(measure: Callable[[Stack], Finding]) -> Callable[[Stack], Finding]:
+    """Decorator: without adapters."""
+
+    @functools.wraps(measure)
+    def bare(stack: Stack) -> Finding:
+        with stack.only(None):
+            return measure(stack)
+
+    return bare
 
 
 def experts_outputs(stack: Stack, size: float) -> tuple[Callable, Callable, torch.Tensor]:
@@ -297,7 +289,10 @@ def fit_alpha(stack: Stack) -> tuple[float, float, float]:
     return alpha, relative_error(found, right), relative_error(eager(), right)
 
 
-@check("activation: alpha", "experts_implementation gptoss_triton, grouped_mm or eager: (up + 1) gate sigmoid(1.702 gate)")
+@check(
+    "activation: alpha", "experts_implementation gptoss_triton, grouped_mm or eager: (up + 1) gate sigmoid(1.702 gate)"
+)
+@experts_alone
 def activation(stack: Stack) -> Finding:
     """Experts below the clamp, and the alpha that explains their output best."""
     alpha, figure, rounding = fit_alpha(stack)
@@ -307,6 +302,7 @@ def activation(stack: Stack) -> Finding:
 
 
 @check("activation: clamp", "experts_implementation gptoss_triton, grouped_mm or eager: gate at most 7, up within ±7")
+@experts_alone
 def clamp(stack: Stack) -> Finding:
     """Experts far beyond the clamp, given the alpha that was measured."""
     alpha = fit_alpha(stack)[0]
@@ -343,7 +339,11 @@ def auxiliary_loss(stack: Stack) -> Finding:
     return Finding(found != asked, found, f"coefficient {found:g}", f"{asked:g}")
 
 
-@check("loss", "the loss is not the weighted mean of -log p: loss_type nll, and this trainer's weights", ("auxiliary loss",))
+@check(
+    "loss",
+    "the loss is not the weighted mean of -log p: loss_type nll, and this trainer's weights",
+    ("auxiliary loss",),
+)
 def loss(stack: Stack) -> Finding:
     """The trainer's loss, given the hidden states that it had."""
     step, batch = own_step(stack)
@@ -376,8 +376,8 @@ def masked_tokens(stack: Stack) -> Finding:
 
 @check(
     "recomputation",
-    "the recomputed layer chose other experts or numbers: gradient_checkpointing_kwargs {use_reentrant: false}, no noise "
-    "in the router",
+    "a recomputed layer chose other experts, or other numbers: gradient_checkpointing_kwargs {use_reentrant: false}, "
+    "and no noise in the router",
 )
 def recomputation(stack: Stack) -> Finding:
     """With checkpointing, layers are computed again with the same experts, and gradients stay what they were."""
@@ -462,16 +462,11 @@ def compared_gradients(stack: Stack) -> dict[str, tuple[float, float]]:
     return stack._compared
 
 
-@check("sink gradients", "attention without a gradient for its sinks: gptoss_triton, gptoss_fa4 or eager", (*PARTS, *FORMS, "auxiliary loss", "loss", "outputs"))
-def sink_gradients(stack: Stack) -> Finding:
-    """Present and right where sinks are trained."""
-    compared = compared_gradients(stack)
-    if "sinks" not in compared:
-        return nothing("sinks are not trained")
-    return relative(*compared["sinks"])
-
-
-@check("gradients", "the named parameter's gradient is wrong: compare attn_implementation and experts_implementation eager", (*PARTS, *FORMS, "auxiliary loss", "loss", "recomputation", "outputs"))
+@check(
+    "gradients",
+    "the named parameter's gradient is wrong: compare attn_implementation and experts_implementation eager",
+    (*PARTS, *FORMS, "auxiliary loss", "loss", "recomputation", "outputs"),
+)
 def gradients(stack: Stack) -> Finding:
     """Of every trained parameter but sinks."""
     compared = {name: pair for name, pair in compared_gradients(stack).items() if name != "sinks"}
@@ -481,3 +476,16 @@ def gradients(stack: Stack) -> Finding:
     found = relative(figure, limit)
     found.measured += f", the worst of {len(compared)}: {short}"
     return found
+
+
+@check(
+    "sink gradients",
+    "attention without a gradient for its sinks: gptoss_triton, gptoss_fa4 or eager",
+    (*PARTS, *FORMS, "auxiliary loss", "loss", "outputs", "gradients"),
+)
+def sink_gradients(stack: Stack) -> Finding:
+    """Present and right where sinks are trained."""
+    compared = compared_gradients(stack)
+    if "sinks" not in compared:
+        return nothing("sinks are not trained")
+    return relative(*compared["sinks"])

@@ -16,13 +16,13 @@ from ..finetune.model import build_random, load_config
 from ..finetune.packing import Document, Report, build
 from ..testing import draw_weights
 
-# Everything that gpt-oss has at its real head_dim, group size of heads, window, top_k and kind of rotary embedding.
+# Everything that gpt-oss has, at its real head_dim, window, top_k and kind of rotary embedding.
 SMALL = {
     "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
     "head_dim": 64,
     "num_attention_heads": 8,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 2,
     "sliding_window": 128,
     "hidden_size": 128,
     "intermediate_size": 96,
@@ -35,7 +35,7 @@ SMALL = {
 LAYERS = 2
 # A weight's spread in the experts' first product: a few of a hundred pre-activations reach the clamp.
 SPREAD = 3.0
-STOCK = {"fused_layers": "false", "experts_implementation": "grouped_mm"}
+LARGE = 2**27  # parameters: more are not checked on a CPU, and on a GPU against fp32 instead of fp64
 
 
 @dataclass
@@ -132,7 +132,7 @@ def combine(arguments: Arguments, folder: str, *, strict: bool, stock: bool = Fa
         raise SetupError("verify: checks one process; run `python -m gptoss_kernels.verify --config FILE` before")
     if model_args.use_peft and (model_args.use_dora or model_args.lora_modules_to_save):
         raise SetupError("verify: knows plain LoRA, without use_dora and lora_modules_to_save")
-    if model_args.lora_dropout:
+    if model_args.use_peft and model_args.lora_dropout:
         model_args.lora_dropout = 0.0
         notes.append("without LoRA's dropout")
     for key, value in {"output_dir": folder, "report_to": [], "push_to_hub": False, "eval_strategy": "no",
@@ -143,6 +143,9 @@ def combine(arguments: Arguments, folder: str, *, strict: bool, stock: bool = Fa
         training.router_aux_loss_coef, model_args.fused_layers = None, False
 
     config, name = _shapes(model_args.model_name_or_path, model_args.model_revision, notes)
+    if training.device.type == "cpu" and train.count_parameters(config) > LARGE:
+        notes[-1:] = [f"{name} need a GPU"]
+        config, name = _shapes("small", "", notes)
     tokenizer = load_tokenizer(
         str(Path(__file__).parents[2] / SHIPPED_TOKENIZER), conversation_date=arguments.data.conversation_date
     )
@@ -160,14 +163,20 @@ def combine(arguments: Arguments, folder: str, *, strict: bool, stock: bool = Fa
                 parameter.mul_(SPREAD)
     rows = build(documents, False, Report("verify"))
     trainer = train.make_trainer(arguments, model, tokenizer, rows)
-    with torch.no_grad():
-        generator = torch.Generator(training.device).manual_seed(seed + 1)
-        for parameter_name, parameter in trainer.model.named_parameters():
-            if "lora_A" in parameter_name:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-            elif "lora_B" in parameter_name:  # PEFT's zeros would hide whether the adapter is applied
-                parameter.normal_(0, 0.1, generator=generator)
+    _draw_adapters(trainer.model, seed + 1)
     return Combination(arguments, trainer, documents, name, strict, notes)
+
+
+def _draw_adapters(model: torch.nn.Module, seed: int) -> None:
+    """LoRA's weights so that an adapter is a fifth of what it adapts: PEFT's zeros would hide whether it is applied."""
+    generator = None
+    with torch.no_grad():
+        for module in model.modules():
+            for name, a in getattr(module, "lora_A", {}).items():
+                a, b = a.weight, module.lora_B[name].weight
+                generator = generator or torch.Generator(a.device).manual_seed(seed)
+                a.normal_(0, a.shape[1] ** -0.5, generator=generator)
+                b.normal_(0, 0.2 / (module.scaling[name] * module.r[name] ** 0.5), generator=generator)
 
 
 def _shapes(name: str, revision: str, notes: list[str]) -> tuple[PreTrainedConfig, str]:

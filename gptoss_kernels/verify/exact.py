@@ -30,11 +30,10 @@ class Exact:
         self._leaves: dict[int, torch.Tensor] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Reads the weights again."""
-        self._leaves = {
-            id(p): p.detach().to(self.dtype, copy=True).requires_grad_(p.requires_grad) for p in self._named.values()
-        }
+    def refresh(self, parameters=None) -> None:
+        """Reads these parameters again, all by default."""
+        for p in self._named.values() if parameters is None else parameters:
+            self._leaves[id(p)] = p.detach().to(self.dtype).requires_grad_(p.requires_grad)
 
     def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
         return self._leaves[id(parameter)]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel, GptOssTopKRouter
 
-from ..finetune.packing import Collator, Document
+from ..finetune.packing import Collator
 from ..finetune.recompute import Recomputation
 from ..testing import relative_error
-from .combination import Combination
+from .combination import LARGE, Combination
 from .exact import Exact
 
 
@@ -58,13 +58,14 @@ class Stack:
         self.attentions = [layer.self_attn for layer in self.layers]
         training = combination.arguments.training
         self.dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else self.body.dtype
-        large = sum(p.numel() for p in self.model.parameters()) > 2**27 and self.dtype != torch.float32
+        large = sum(p.numel() for p in self.model.parameters()) > LARGE and self.dtype != torch.float32
         self.exact = Exact(self.model, torch.float32 if large else torch.float64)
         self.eager = Exact(self.model, self.dtype)
         self.pad = self.trainer.processing_class.pad_token_id
         self.recomputation = next(
             (c for c in self.trainer.callback_handler.callbacks if isinstance(c, Recomputation)), None
         )
+        self.trainer.current_gradient_accumulation_steps = 1  # as Trainer's loop sets it; TRL asks for it
         self.documents = combination.documents
         self.ids = [torch.from_numpy(d.input_ids).long().to(self.device) for d in self.documents]
         self.checkpointing("off")
@@ -86,11 +87,12 @@ class Stack:
 
     @property
     def floor(self) -> float:
-        return max(torch.finfo(self.dtype).eps, 1e-5)
+        """The least that a limit is."""
+        return max(2 * torch.finfo(self.dtype).eps, 1e-5)
 
     def limit(self, rounding: float) -> float:
         """What a relative error may be where plain PyTorch in the same dtype has `rounding`."""
-        return 3 * rounding + self.floor
+        return 2 * rounding + self.floor
 
     # --------------------------------------------------------------------------------------------------------- runs
 
@@ -183,6 +185,36 @@ class Stack:
             count = len(self.layers) if mode == "fast" else 0
             self.recomputation.apply(count, count)
 
+    # ----------------------------------------------------------------------------------------------------- adapters
+
+    def adapters(self) -> dict[str, list[torch.nn.Parameter]]:
+        """LoRA's B matrices, by the projection that they adapt."""
+        kinds: dict[str, list] = {}
+        for name, module in self.model.named_modules():
+            if hasattr(module, "lora_B") and len(module.lora_B):
+                kind = getattr(module, "parameter_name", None) or name.rpartition(".")[2]
+                kind = "router" if kind == "weight" else kind
+                kinds.setdefault(kind, []).extend(x.weight for x in module.lora_B.values())
+        return kinds
+
+    @contextlib.contextmanager
+    def only(self, kind: str | None) -> Iterator[None]:
+        """Within it, every adapter but those of this kind is zero, in the model and where it is written out."""
+        others = [b for name, blocks in self.adapters().items() if name != kind for b in blocks]
+        saved = [b.detach().clone() for b in others]
+
+        def put(values) -> None:
+            for b, value in zip(others, values, strict=True):
+                b.data.copy_(value)
+            for exact in (self.exact, self.eager):
+                exact.refresh(others)
+
+        put(map(torch.zeros_like, saved))
+        try:
+            yield
+        finally:
+            put(saved)
+
     # ------------------------------------------------------------------------------------------- batches of documents
 
     def rows(self) -> list[dict]:
@@ -221,6 +253,4 @@ class Stack:
         lengths = [len(ids) for ids in self.ids]
         if hidden.shape[0] == 1:
             return list(hidden[0].split(lengths))
-        return [
-            row[len(row) - n :] if side == "left" else row[:n] for row, n in zip(hidden, lengths, strict=True)
-        ]
+        return [row[len(row) - n :] if side == "left" else row[:n] for row, n in zip(hidden, lengths, strict=True)]
