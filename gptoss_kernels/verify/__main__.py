@@ -11,10 +11,10 @@ Weights are random; a model's name or folder gives the shapes.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 ATTENTION = ("gptoss_triton", "gptoss_fa4", "eager", "flex_attention", "flash_attention_4")
@@ -53,10 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     else:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process checks on one GPU
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    out = sys.stderr if options.json == "-" else sys.stdout
+    if options.json != "-":
+        return check(options)
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries say things while they are imported
+        return check(options, stdout)
+
+
+def check(options: argparse.Namespace, stdout=None) -> int:
+    """The exit code. stdout: where JSON goes for "-"."""
 
     def say(text: str) -> None:
-        print(text, file=out, flush=True)
+        print(text, flush=True)
 
     # Imported here, so that --help need not wait for them.
     try:
@@ -64,10 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         from .combination import settings
         from .report import as_json, verify
     except ModuleNotFoundError as error:
-        say(f'verify: error: {error.name} is not installed; pip install "gptoss-kernels[training]"')
+        say(f'error: verify: {error.name} is not installed; pip install "gptoss-kernels[training]"')
         return 2
-    # Transformers renamed gradient_checkpointing in 5.23 and warns about it; the old name works in all.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     trained = ["lora", "full"] if options.train in (None, "both") else [options.train]
     if options.config:
         trained = [None]
@@ -89,11 +95,11 @@ def main(argv: list[str] | None = None) -> int:
             strict = options.config is not None
             verdicts.append(verify(arguments, strict=strict, stock=options.stock, seed=options.seed, say=say))
     except SetupError as error:
-        say(f"verify: error: {error}")
+        say(f"error: {error}")
         return 2
     if options.json:
         text = as_json(verdicts) + "\n"
-        sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
+        stdout.write(text) if options.json == "-" else Path(options.json).write_text(text, encoding="utf-8")
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 

@@ -1,6 +1,7 @@
 """The run to be checked, as its trainer builds it, over a small model of the same shapes."""
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +106,10 @@ def settings(
     argv = [f"--{key}={value}" for key, value in given.items() if value is not None]
     if config is None and trained == "lora":
         argv += ["--lora_targets", "attention", "experts", "router"]
-    return parse([*(["--config", config] if config else []), *argv])
+    with warnings.catch_warnings():
+        # Transformers renamed gradient_checkpointing in 5.23 and warns about it; the old name works in all.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        return parse([*(["--config", config] if config else []), *argv])
 
 
 def combine(arguments: Arguments, folder: str, *, strict: bool, stock: bool = False, seed: int = 0) -> Combination:

@@ -1,5 +1,6 @@
 """Runs all checks on a combination, and shows what they found."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -69,8 +70,12 @@ def verify(
     """
     start = time.perf_counter()
     devices = [arguments.training.device] if arguments.training.device.type == "cuda" else []
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices), warnings.catch_warnings():
+    with contextlib.ExitStack() as context:
+        folder = context.enter_context(tempfile.TemporaryDirectory())
+        context.enter_context(torch.random.fork_rng(devices))
+        context.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of what the run itself will warn about
+        context.enter_context(_without_tf32())
         try:
             combination = combine(arguments, folder, strict=strict, stock=stock, seed=seed)
             say(heading := _heading(combination))
@@ -117,6 +122,17 @@ def as_json(verdicts: list[Verdict]) -> str:
         },
         indent=1,
     )
+
+
+@contextlib.contextmanager
+def _without_tf32():
+    """Products in fp32 are in fp32: what is compared with is made of them."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _heading(combination) -> str:

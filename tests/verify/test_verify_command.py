@@ -90,7 +90,7 @@ def test_json_and_exit_codes(config, tmp_path, capsys):
     assert "-> documents of a row see each other" in capsys.readouterr().out
 
     assert main([*arguments, "--attention", "gptoss_fa4"]) == 2
-    assert "verify: error: " in capsys.readouterr().out
+    assert "error: verify: " in capsys.readouterr().out
 
 
 def test_padded_rows_over_packed_weights(config):
