@@ -6,13 +6,14 @@ python -m benchmarks.readme
 from pathlib import Path
 
 from benchmarks import attention_figures as figures
-from benchmarks import harness
+from benchmarks import harness, verify_table
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
 EXPERTS = ROOT / "benchmarks" / "results" / "experts.csv"
 FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
 TRAIN_STEP = ROOT / "benchmarks" / "results" / "train_step.csv"
+VERIFY = ROOT / "benchmarks" / "results" / "verify.csv"
 LABELS = {
     "ours": "gptoss_kernels",
     "flex": "FlexAttention",
@@ -235,6 +236,7 @@ def main() -> None:
     text = update(text, "train_step", train_step_table(harness.read_rows(TRAIN_STEP)))
     text = update(text, "experts", experts_table(harness.read_rows(EXPERTS)))
     text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
+    text = update(text, "verify", verify_table.table(harness.read_rows(VERIFY)))
     readme.write_text(text, encoding="utf-8")
 
 

@@ -75,25 +75,38 @@ def rows_of(stack: str, trained: str, options: argparse.Namespace) -> list[dict]
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A check a line and a stack a column, as Markdown: the newest verdict on each, FAIL with its figure."""
+    """Markdown, a check a line and a stack a column: rows of a GPU before those of a CPU, the newest of each check.
+
+    Of LoRA and all weights a cell shows what FAILs, else what was judged.
+    """
+    if not rows:
+        return "Nothing has been recorded yet: `python -m benchmarks.verify_table` appends its rows."
+    last = ([row for row in rows if not row["gpu"].startswith("none")] or rows)[-1]
+    rows = [row for row in rows if (row["gpu"], row["model"]) == (last["gpu"], last["model"])]
     newest = {(row["stack"], row["train"], row["check"]): row for row in rows}
+    newest = {key: row for key, row in newest.items() if row["commit"] == last["commit"]}
     stacks = list(dict.fromkeys(stack for stack, _, _ in newest))
-    checks = list(dict.fromkeys(check for _, _, check in newest if check))
-    lines = ["| check | " + " | ".join(stacks) + " |", "|---" * (len(stacks) + 1) + "|"]
-    for check in checks:
-        cells = []
-        for stack in stacks:
-            found = [newest.get((stack, trained, check)) for trained in ("lora", "full")]
-            found = [row for row in found if row]
-            wrong = [row for row in found if row["status"] == "FAIL"]
-            statuses = {row["status"] for row in found}
-            cells.append(
-                f"**FAIL**: {wrong[0]['measured']}" if wrong
-                else "PASS" if "PASS" in statuses else "n.a." if statuses else SKIPPED
-            )  # fmt: skip
-        lines.append(f"| {check} | " + " | ".join(cells) + " |")
+    columns = [stack for stack in stacks if any(name == stack and check for name, _, check in newest)]
+    lines = ["| check | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for check in dict.fromkeys(check for _, _, check in newest if check):
+        cells = [_cell([row for (name, _, what), row in newest.items() if (name, what) == (stack, check)])
+                 for stack in columns]  # fmt: skip
+        lines.append(f"| {check} | {' | '.join(cells)} |")
     reasons = {row["stack"]: row["measured"] for row in newest.values() if row["status"] == SKIPPED}
-    return "\n".join([*lines, *(f"\n{stack}: {reason}" for stack, reason in reasons.items())])
+    lines += [f"\nNot run here: {stack} ({reason})." for stack, reason in reasons.items()]
+    where = "a CPU" if last["gpu"].startswith("none") else last["gpu"]
+    versions = ", ".join(f"{key} {last[key]}" for key in ("torch", "triton", "transformers"))
+    lines.append(f"\nOn {where}, {last['model']} model, {last['date']}, commit {last['commit']}, {versions}.")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, str]]) -> str:
+    order = ("FAIL", "PASS", "n.a.")
+    row = min(rows, key=lambda row: order.index(row["status"]))
+    if row["status"] == "n.a.":
+        return f"n.a.: {row['advice'] or row['measured']}"
+    status = "**FAIL**" if row["status"] == "FAIL" else "PASS"
+    return f"{status}: {row['measured']}"
 
 
 def main() -> None:
