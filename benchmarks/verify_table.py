@@ -10,6 +10,7 @@ checkpoint's configuration has it. One that cannot run here gets a row that says
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -110,6 +111,7 @@ def _cell(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would spread the model over all
     options = parse()
     if not options.show:
         for stack in options.stacks:

@@ -251,42 +251,46 @@ def experts_alone(measure: Callable[[Stack], Finding]) -> Callable[[Stack], Find
     return bare
 
 
-def experts_outputs(stack: Stack, size: float) -> tuple[Callable, Callable, torch.Tensor]:
-    """(exact(alpha, limit), eager(), output) of the first layer's experts; the largest pre-activation is `size` times
-    the limit."""
+def experts_results(stack: Stack, size: float) -> tuple[Callable, Callable, tuple]:
+    """(exact(alpha, limit), eager(), found) of the first layer's experts: each is the output and the input's gradient.
+    The largest pre-activation is `size` times the limit."""
     module, generator = stack.layers[0].mlp.experts, torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(stack.device)  # noqa: E731
     experts, top_k, tokens = stack.config.num_local_experts, stack.config.num_experts_per_tok, 64
     x = draw(tokens, stack.config.hidden_size)
-    x = (x * (size * stack.exact.limit / stack.exact.peak(module, x))).to(stack.dtype)
+    with torch.no_grad():
+        x = (x * (size * stack.exact.limit / stack.exact.peak(module, x))).to(stack.dtype)
     indices = draw(tokens, experts).argsort(1)[:, :top_k].contiguous()
-    shares = draw(tokens, top_k).softmax(-1).to(stack.dtype)
-    with torch.no_grad(), stack.trainer.accelerator.autocast():
-        found = module(x, indices, shares).double()
+    shares, grad = draw(tokens, top_k).softmax(-1).to(stack.dtype), draw(*x.shape).to(stack.dtype)
 
-    def exact(alpha: float, limit: float) -> torch.Tensor:
-        with torch.no_grad():
-            arguments = x.to(stack.exact.dtype), indices, shares.to(stack.exact.dtype)
-            return stack.exact.experts(module, *arguments, alpha, limit).double()
+    def both(compute: Callable, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x.to(dtype).detach().requires_grad_()
+        out = compute(leaf, indices, shares.to(dtype))
+        return out.detach().double(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0].double()
 
-    def eager() -> torch.Tensor:
-        with torch.no_grad():
-            return stack.eager.experts(module, x, indices, shares).double()
+    def exact(alpha: float, limit: float):
+        return both(lambda *inputs: stack.exact.experts(module, *inputs, alpha, limit), stack.exact.dtype)
 
+    def eager():
+        return both(lambda *inputs: stack.eager.experts(module, *inputs), stack.dtype)
+
+    stack.model.train()
+    with stack.trainer.accelerator.autocast():
+        found = both(module, stack.dtype)
     return exact, eager, found
 
 
 def fit_alpha(stack: Stack) -> tuple[float, float, float]:
     """(alpha that fits best, error at the right alpha, plain PyTorch's error), below the clamp."""
-    exact, eager, found = experts_outputs(stack, 0.8)
+    exact, eager, (found, _) = experts_results(stack, 0.8)
     alpha, limit = stack.exact.alpha, stack.exact.limit
-    right = exact(alpha, limit)
+    right, step = exact(alpha, limit)[0], 1e-3
     for _ in range(6):  # Gauss-Newton in one variable
-        here, step = exact(alpha, limit), 1e-3
-        slope = (exact(alpha + step, limit) - here) / step
+        here = exact(alpha, limit)[0]
+        slope = (exact(alpha + step, limit)[0] - here) / step
         alpha += ((found - here) * slope).sum().item() / slope.square().sum().item()
         alpha = min(max(alpha, 0.05), 10.0)
-    return alpha, relative_error(found, right), relative_error(eager(), right)
+    return alpha, relative_error(found, right), relative_error(eager()[0], right)
 
 
 @check(
@@ -304,16 +308,21 @@ def activation(stack: Stack) -> Finding:
 @check("activation: clamp", "experts_implementation gptoss_triton, grouped_mm or eager: gate at most 7, up within ±7")
 @experts_alone
 def clamp(stack: Stack) -> Finding:
-    """Experts far beyond the clamp, given the alpha that was measured."""
+    """Experts far beyond the clamp, and their gradient, given the alpha that was measured."""
     alpha = fit_alpha(stack)[0]
-    exact, eager, found = experts_outputs(stack, 4.0)
-    right = exact(alpha, stack.exact.limit)
+    exact, eager, found = experts_results(stack, 4.0)
     limits = [stack.exact.limit * x for x in (0.5, 0.7, 0.85, 0.95, 1.0, 1.05, 1.15, 1.4, 2.0, 10.0)]
-    best = min(limits, key=lambda limit: relative_error(found, exact(alpha, limit)))
-    rounding = relative_error(eager(), exact(stack.exact.alpha, stack.exact.limit))
-    result = relative(relative_error(found, right), stack.limit(rounding))
-    result.measured = f"clamp {best:.3g}, {result.measured}" if best < limits[-1] else f"no clamp, {result.measured}"
-    return result
+    best = min(limits, key=lambda limit: relative_error(found[0], exact(alpha, limit)[0]))
+    right, plain = exact(alpha, stack.exact.limit), exact(stack.exact.alpha, stack.exact.limit)
+    errors = [relative_error(*pair) for pair in zip(found, right, strict=True)]
+    bounds = [stack.limit(relative_error(*pair)) for pair in zip(eager(), plain, strict=True)]
+    clamped = f"clamp {best:.3g}" if best < limits[-1] else "no clamp"
+    return Finding(
+        not all(figure <= bound for figure, bound in zip(errors, bounds, strict=True)),
+        max(errors),
+        f"{clamped}, relative error {errors[0]:.1e}, of the gradient {errors[1]:.1e}",
+        f"{bounds[0]:.1e}, {bounds[1]:.1e}",
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- loss

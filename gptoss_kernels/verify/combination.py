@@ -34,8 +34,6 @@ SMALL = {
     "router_aux_loss_coef": 0.9,  # as in the checkpoints
 }
 LAYERS = 2
-# A weight's spread in the experts' first product: a few of a hundred pre-activations reach the clamp.
-SPREAD = 3.0
 LARGE = 2**27  # parameters: more are not checked on a CPU, and on a GPU against fp32 instead of fp64
 
 
@@ -159,12 +157,8 @@ def combine(arguments: Arguments, folder: str, *, strict: bool, stock: bool = Fa
     if model_args.experts_implementation is not None:
         implementations["experts_implementation"] = model_args.experts_implementation
     packed = model_args.base_weights == "mxfp4"
-    config.initializer_range = SPREAD * config.hidden_size**-0.5  # of packed weights; others are drawn below
+    config.initializer_range = config.hidden_size**-0.5  # of packed weights; others are drawn below
     model = draw_weights(build_random(config, training.device, dtype, seed, packed, **implementations), seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("gate_up_proj"):
-                parameter.mul_(SPREAD)
     rows = build(documents, False, Report("verify"))
     trainer = train.make_trainer(arguments, model, tokenizer, rows)
     _draw_adapters(trainer.model, seed + 1)
