@@ -82,7 +82,8 @@ class Exact:
         while hasattr(module, "base_layer"):
             adapters[module.parameter_name.replace("proj", "lora")] = self._experts_lora(module)
             module = module.base_layer
-        return experts_reference(
+        compute = experts_reference if self.dtype in (torch.float64, torch.float32) else _experts_rounded
+        return compute(
             x,
             *(self._projection(module, name) for name in ("gate_up_proj", "gate_up_proj_bias")),
             *(self._projection(module, name) for name in ("down_proj", "down_proj_bias")),
@@ -146,6 +147,27 @@ class Exact:
         if isinstance(weight, torch.Tensor):
             return self(weight)
         return dequantize(weight.blocks, weight.scales, torch.float32).to(self.dtype)  # packed, exact in fp32
+
+
+def _experts_rounded(
+    x, w1, b1, w2, b2, indices, shares, *, alpha, limit, gate_up_lora=None, down_lora=None
+) -> torch.Tensor:
+    """`experts_reference` with every product rounded to x's dtype, as eager experts round: at the clamp it matters."""
+
+    def product(value, weight, lora, expert):
+        result = value @ weight[expert]
+        if lora is not None:
+            result = result + lora.scaling * (value @ lora.a[expert].T) @ lora.b[expert].T
+        return result
+
+    out = torch.zeros_like(x)
+    for expert in range(len(w1)):
+        share = torch.where(indices == expert, shares, 0).sum(-1, keepdim=True)  # [tokens, 1]
+        hidden = product(x, w1, gate_up_lora, expert) + b1[expert]
+        gate, up = hidden[:, 0::2].clamp(max=limit), hidden[:, 1::2].clamp(-limit, limit)
+        act = (up + 1) * gate * torch.sigmoid(alpha * gate)
+        out = out + share * (product(act, w2, down_lora, expert) + b2[expert])
+    return out
 
 
 def _rotate(x, cos, sin):
