@@ -6,7 +6,7 @@ python -m benchmarks.readme
 from pathlib import Path
 
 from benchmarks import attention_figures as figures
-from benchmarks import harness
+from benchmarks import harness, verify_table
 
 ROOT = Path(__file__).parent.parent
 ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
@@ -14,6 +14,7 @@ EXPERTS = ROOT / "benchmarks" / "results" / "experts.csv"
 FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
 MXFP4 = ROOT / "benchmarks" / "results" / "mxfp4.csv"
 TRAIN_STEP = ROOT / "benchmarks" / "results" / "train_step.csv"
+VERIFY = ROOT / "benchmarks" / "results" / "verify.csv"
 LABELS = {
     "ours": "gptoss_kernels",
     "flex": "FlexAttention",
@@ -258,6 +259,7 @@ def main() -> None:
     text = update(text, "experts", experts_table(harness.read_rows(EXPERTS)))
     text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
     text = update(text, "mxfp4", mxfp4_table(harness.read_rows(MXFP4)))
+    text = update(text, "verify", verify_table.table(harness.read_rows(VERIFY)))
     readme.write_text(text, encoding="utf-8")
 
 

@@ -86,9 +86,16 @@ def random_gpt_oss(
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     if torch.device(device).type == "meta":
         return model.eval()  # shapes alone
-    generator = torch.Generator(device).manual_seed(seed)
+    return draw_weights(model, seed).eval()
+
+
+def draw_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every parameter of a gpt-oss model the random values that `random_gpt_oss` describes. Returns the model."""
+    generator = None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if generator is None:
+                generator = torch.Generator(parameter.device).manual_seed(seed)
             if name.endswith("norm.weight"):
                 parameter.normal_(1.0, 0.1, generator=generator)
             elif name.endswith("bias"):
@@ -97,7 +104,7 @@ def random_gpt_oss(
                 parameter.normal_(0.0, 1.0, generator=generator)
             else:  # (out, in) of a linear layer, (experts, in, out) of the experts
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-    return model.eval()
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------- attention

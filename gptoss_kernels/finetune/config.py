@@ -180,6 +180,13 @@ class RunArguments:
         default=False,
         metadata={"help": "Start anew where output_dir holds an earlier run, and delete its checkpoints."},
     )
+    verify: bool = field(
+        default=False,
+        metadata={
+            "help": "Check the run's combination (attention, experts, packing, adapters, loss) on a small model of the "
+            "same shapes before training, and stop if a check fails: see python -m gptoss_kernels.verify."
+        },
+    )
     recomputation: str = field(
         default="auto",
         metadata={

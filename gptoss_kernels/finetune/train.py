@@ -286,6 +286,10 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     main = training.process_index == 0
     say = print if main else lambda *_: None
     checkpoint = find_checkpoint(training.output_dir, training.resume_from_checkpoint, run_args.overwrite, say)
+    if run_args.verify:
+        from ..verify import before_training  # it builds its trainer with this module
+
+        before_training(arguments, say)
 
     random = model_args.model_init == "random"
     if random:
@@ -308,29 +312,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         say(f"  {report}")
     model = make_model(arguments, tokenizer)
 
-    # What Trainer counts as tokens: padding excluded, whatever the collator.
-    training.include_num_input_tokens_seen = "non_padding"
-    training.model_init_kwargs = None  # make_model has used them
-    if model_args.base_weights == "mxfp4":
-        training.ddp_broadcast_buffers = False  # the packed weights are buffers, and nobody changes them
     speed = Speed(model)
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=train_data,
-        eval_dataset=test_data,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[speed, Sharding(), *callbacks],
-    )
-    if model_args.fused_layers:
-        patch_gpt_oss(trainer.model, attention=False, experts=False)
-        fuse_loss(model)
-    elif model_args.base_weights == "mxfp4":  # PEFT's own adapters on experts need dense ones
-        patch_gpt_oss(trainer.model, attention=False, experts=False, rms_norm=False, rope=False)
-    if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
-        tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
-        trainer.add_callback(Recomputation(model, run_args.recomputation, tokens))
+    trainer = make_trainer(arguments, model, tokenizer, train_data, test_data, (speed, Sharding(), *callbacks))
     queries = torch.empty(0, device=training.device, dtype=torch.bfloat16 if training.bf16 else model.dtype)
     attention = f"attention {model_args.attn_implementation}"
     if model_args.attn_implementation == "gptoss_triton":
@@ -450,6 +433,41 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         **implementations,
         **(training.model_init_kwargs or {}),
     )
+
+
+def make_trainer(
+    arguments: Arguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Dataset,
+    test_data: Dataset | None = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Trainer:
+    """The run's trainer: the model of `make_model` with adapters, kernels, loss and recomputation as asked for."""
+    model_args, training = arguments.model, arguments.training
+    # What Trainer counts as tokens: padding excluded, whatever the collator.
+    training.include_num_input_tokens_seen = "non_padding"
+    training.model_init_kwargs = None  # make_model has used them
+    if model_args.base_weights == "mxfp4":
+        training.ddp_broadcast_buffers = False  # the packed weights are buffers, and nobody changes them
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train_data,
+        eval_dataset=test_data,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=list(callbacks),
+    )
+    if model_args.fused_layers:
+        patch_gpt_oss(trainer.model, attention=False, experts=False)
+        fuse_loss(model)
+    elif model_args.base_weights == "mxfp4":  # PEFT's own adapters on experts need dense ones
+        patch_gpt_oss(trainer.model, attention=False, experts=False, rms_norm=False, rope=False)
+    if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
+        tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
+        trainer.add_callback(Recomputation(model, arguments.run.recomputation, tokens))
+    return trainer
 
 
 def use_shipped(arguments: Arguments, say) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, experts, harness, mxfp4, readme, train_step
+from benchmarks import attention, experts, harness, mxfp4, readme, train_step, verify_table
 
 
 def row(**changes):
@@ -41,6 +41,8 @@ def test_readme_agrees_with_the_rows():
     assert readme.update(text, "finetune", body) == text, "run `python -m benchmarks.readme`"
     body = readme.mxfp4_table(harness.read_rows(readme.MXFP4))
     assert readme.update(text, "mxfp4", body) == text, "run `python -m benchmarks.readme`"
+    body = verify_table.table(harness.read_rows(readme.VERIFY))
+    assert readme.update(text, "verify", body) == text, "run `python -m benchmarks.readme`"
 
 
 @pytest.mark.parametrize("benchmark", [attention, experts, mxfp4, train_step], ids=lambda module: module.__name__)
@@ -49,6 +51,30 @@ def test_stored_rows_have_todays_columns(benchmark):
     rows = harness.read_rows(path)
     assert rows and all(tuple(row) == tuple(benchmark.COLUMNS) for row in rows)
     assert not any(row["gpu"].startswith("none") for row in rows), "a CPU's row is no result"
+
+
+def test_verify_table():
+    base = dict.fromkeys(verify_table.COLUMNS, "") | {"model": "small", "commit": "abc", "gpu": "GPU A"}
+    cell = lambda stack, trained, check, status, measured, **changes: base | {  # noqa: E731
+        "stack": stack, "train": trained, "check": check, "status": status, "measured": measured,
+    } | changes  # fmt: skip
+    rows = [
+        cell("ours", "lora", "window", "FAIL", "129", commit="older"),
+        cell("ours", "lora", "window", "PASS", "128"),
+        cell("ours", "lora", "sinks", "n.a.", "not trained"),
+        cell("ours", "full", "window", "PASS", "128"),
+        cell("ours", "full", "sinks", "PASS", "1e-6"),
+        cell("eager", "full", "window", "FAIL", "129"),
+        cell("eager", "full", "sinks", "n.a.", "2e-1", advice="once window is right"),
+        cell("flex", "full", "", "skipped", "no GPU"),
+        cell("ours", "lora", "window", "PASS", "127", gpu="none: CPU"),
+    ]
+    text = verify_table.table(rows)
+    assert "| check | ours | eager |" in text
+    assert "| window | PASS: 128 | **FAIL**: 129 |" in text
+    assert "| sinks | PASS: 1e-6 | n.a.: once window is right |" in text
+    assert "Not run here: flex (no GPU)." in text and "On GPU A" in text
+    assert "127" in verify_table.table(rows[-1:]) and "On a CPU" in verify_table.table(rows[-1:])
 
 
 def test_tables():
