@@ -74,6 +74,10 @@ def check_settings(arguments: Arguments) -> None:
             load_fa4()
         except RuntimeError as error:
             raise SetupError(f"attn_implementation: {FA4_NAME!r}: {error}") from error
+    if training.activation_offloading and training.device.type != "cuda":
+        raise SetupError(
+            f"activation_offloading: expected a GPU, whose memory it relieves, got the device {training.device}"
+        )
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")
