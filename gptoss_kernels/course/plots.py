@@ -289,3 +289,17 @@ def heat_map(ax: Axes, table: torch.Tensor, text: str, limit: float) -> None:
     ax.set_xticks(range(table.shape[1]))
     ax.set_yticks(range(table.shape[0]))
     ax.grid(False)
+
+
+def stacked_areas(ax: Axes, x: list[float], parts: Mapping[str, list[float]]) -> None:
+    """Draws parts of a sum above one another against x, told apart by colour and hatch.
+
+    Args:
+        ax: where to draw.
+        x: the common abscissae.
+        parts: name, the lowest first -> heights, as many as x.
+    """
+    colours = OKABE_ITO[: len(parts)]
+    areas = ax.stackplot(x, *parts.values(), labels=parts, colors=colours, alpha=0.85, edgecolor="#444444")
+    for area, hatch in zip(areas, ("", "//", "..", "\\\\", "xx", "--", "oo"), strict=False):
+        area.set_hatch(hatch)
