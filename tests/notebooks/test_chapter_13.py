@@ -11,9 +11,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is an extra")
 pytest.importorskip("triton")
 
 sys.path.insert(0, str(Path(__file__).parent))
-import extract  # noqa: E402
+import extract
 
-from gptoss_kernels.mxfp4.reference import MAGNITUDES, dequantize, quantize  # noqa: E402
+from gptoss_kernels.mxfp4.reference import MAGNITUDES, dequantize, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(2, 64, 3), (1, 1, 1), (2, 70, 2), (3, 130, 1)]  # experts, rows, groups
