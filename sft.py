@@ -8,6 +8,7 @@ Configurations
   configs/sft_lora.yaml   adapters on the attention of openai/gpt-oss-20b, one GPU
   configs/sft_full_single.yaml   all weights of openai/gpt-oss-20b, one GPU with 141 GB
   configs/sft_full.yaml   all weights of openai/gpt-oss-20b, eight GPUs
+  configs/sft_full_120b.yaml   all weights of openai/gpt-oss-120b, eight GPUs and a large host
 
 Keys that are asked for most
   --model_name_or_path NAME    openai/gpt-oss-20b, openai/gpt-oss-120b or a folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from . import optimizer
+from . import engine, optimizer
 from .harmony import Rendering
 
 # What PEFT is told of each part: linear layers for attention, parameters for the others.
@@ -217,6 +217,7 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
+        engine.check_hardware(self)
         own = self.optim if self.optim in optimizer.NAMES else None
         if own is not None:
             self.optim = "adamw_torch"  # Transformers takes no name but its own

@@ -21,6 +21,7 @@ from gptoss_kernels import patch_gpt_oss  # the package registers attn_implement
 from ..integrations.mxfp4 import pack_experts, packed_parameters
 from ..mxfp4.read import INDEX, read_tensors, weight_files
 from ..mxfp4.reference import MAGNITUDES
+from .engine import numel
 from .errors import SetupError
 
 SHAPES = Path(__file__).resolve().parents[2] / "configs" / "models"
@@ -250,7 +251,7 @@ def census(model: torch.nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next((part for word, part in parts.items() if word in name.split(".")), "others")
-            counts[part] += parameter.numel()
+            counts[part] += numel(parameter)
     return {part: count for part, count in counts.items() if count}
 
 

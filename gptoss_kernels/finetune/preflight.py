@@ -10,7 +10,9 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from ..attention.fa4 import load_fa4
 from ..integrations.transformers import FA4_NAME, NAME
+from ..plan import memory
 from .config import Arguments, TrainingArguments
+from .engine import FSDP, asked_for, is_sharded
 from .errors import SetupError
 from .optimizer import IN_BACKWARD, NAMES, parse_arguments
 
@@ -86,6 +88,10 @@ def check_settings(arguments: Arguments) -> None:
             f"hub_strategy: expected end or every_save, got {training.hub_strategy.value!r}; a checkpoint is renamed "
             "when it is whole, and an upload might still read it under its first name"
         )
+    if arguments.run.sample_prompt and is_sharded(training):
+        raise SetupError(
+            "sample_prompt: one process cannot generate with weights that are spread over several; leave it"
+        )
     optimizer = str(getattr(training.optim, "value", training.optim))
     if optimizer in NAMES:
         check_own_optimizer(arguments)
@@ -101,7 +107,7 @@ def check_own_optimizer(arguments: Arguments) -> None:
     parse_arguments(training.optim_args)
     if training.fp16 or arguments.model.dtype == "float16":
         raise SetupError(f"optim: {name} trains bf16 or fp32 weights without loss scaling; got fp16")
-    if training.deepspeed_plugin is not None or training.distributed_state.distributed_type.value == "FSDP":
+    if asked_for(training) is not None:
         raise SetupError(f"optim: {name} steps whole tensors; ZeRO and FSDP need adamw_torch_fused")
     if name != IN_BACKWARD:
         return
@@ -183,26 +189,40 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool, say: C
     return None
 
 
-def is_sharded(training: TrainingArguments) -> bool:
-    """Whether the weights will be spread over the processes."""
-    zero3 = training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
-    return zero3 or training.distributed_state.distributed_type.value == "FSDP"
+def kept_dtype(training: TrainingArguments, dtype: torch.dtype) -> torch.dtype:
+    """Of the weights between steps: FSDP in mixed precision keeps fp32 ones, whatever was loaded."""
+    return torch.float32 if asked_for(training) == FSDP and (training.bf16 or training.fp16) else dtype
+
+
+def offloads_optimizer(training: TrainingArguments) -> bool:
+    """Whether DeepSpeed keeps gradients and optimizer states in the host's memory."""
+    plugin = training.deepspeed_plugin
+    return plugin is not None and plugin.offload_optimizer_device == "cpu"
 
 
 def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
-    """Bytes that the optimizer keeps per trained parameter, at the least."""
+    """Bytes that the optimizer keeps on the GPU per trained parameter, at the least."""
     name = str(getattr(training.optim, "value", training.optim))
-    if "adam" not in name:
+    if offloads_optimizer(training):
         return 0
-    if training.deepspeed_plugin is not None:
-        return 12  # DeepSpeed's mixed precision: fp32 weights and both moments
-    return 2 if "8bit" in name else 2 * dtype.itemsize
+    return memory.state_bytes(name, dtype.itemsize, sharded=training.deepspeed_plugin is not None)
 
 
 def gradient_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
-    """Bytes of gradient that exist together per trained parameter: none if each is used as soon as it is there."""
+    """Bytes of gradient that exist together on the GPU per trained parameter: none if each is used at once."""
+    if offloads_optimizer(training):
+        return 0
     name = str(getattr(training.optim, "value", training.optim))
-    return 0 if name == IN_BACKWARD and training.gradient_accumulation_steps == 1 else dtype.itemsize
+    return memory.gradient_bytes(name, training.gradient_accumulation_steps, dtype.itemsize)
+
+
+def host_bytes(training: TrainingArguments, trainable: int) -> int:
+    """Bytes that a run needs in the memory of all hosts together, the loading of the model not counted.
+
+    DeepSpeed's offloaded optimizer (0.19, zero/stage3.py) keeps fp32 weights, both moments and fp32 gradients there,
+    and the 16-bit gradients that it makes those of: 18 bytes a trained parameter.
+    """
+    return 18 * trainable if offloads_optimizer(training) else 0
 
 
 def memory_floor(
@@ -226,6 +246,15 @@ def memory_floor(
     gradient_bytes = parameter_bytes if gradient_bytes is None else gradient_bytes
     total = parameters * parameter_bytes + trainable * (gradient_bytes + state_bytes)
     return -(-total // processes)
+
+
+def check_host_memory(needed: int, total: int) -> None:
+    """Raises SetupError where `needed` bytes are more than a host's `total` ones."""
+    if needed > total:
+        raise SetupError(
+            f"offload_optimizer_device: this host needs at least {needed / 2**30:,.0f} GiB for gradients and optimizer "
+            f"states, and has {total / 2**30:,.0f} GiB; take more hosts, or adapters (use_peft; base_weights mxfp4)"
+        )
 
 
 def check_memory(needed: int, free: int, advice: str) -> None:

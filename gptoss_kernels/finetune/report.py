@@ -10,18 +10,16 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from ..plan.speed import GPUS
+from .engine import numel
+
 # Two of the Okabe-Ito colours and a neutral, told apart with any colour vision; the line styles differ too.
 TRAIN, HELD_OUT, BIGRAM = "#0072B2", "#D55E00", "#555555"
 
 
-# Dense bf16 FLOP/s by a part of the device's name, the first that fits. Source: NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-         "L40S": 362e12, "L40": 181e12, "L4": 121e12}  # fmt: skip
-
-
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None for one that is not known."""
-    return next((peak for part, peak in PEAKS.items() if part in device), None)
+    return next((gpu.flops for part, gpu in GPUS.items() if part in device), None)
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
@@ -31,10 +29,11 @@ def flops_per_token(model: torch.nn.Module) -> float:
     """
     config, total = model.config, 0.0
     for name, p in model.named_parameters():
-        if p.ndim < 2 or "embed_tokens" in name or name.endswith("proj_bias"):
+        ndim = len(getattr(p, "ds_shape", p.shape))  # ZeRO-3's
+        if ndim < 2 or "embed_tokens" in name or name.endswith("proj_bias"):
             continue
-        share = config.num_experts_per_tok / config.num_local_experts if p.ndim == 3 else 1.0
-        total += (6.0 if p.requires_grad else 4.0) * share * p.numel()
+        share = config.num_experts_per_tok / config.num_local_experts if ndim == 3 else 1.0
+        total += (6.0 if p.requires_grad else 4.0) * share * numel(p)
     return total
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -20,6 +22,7 @@ from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
+from .engine import Sharding, check_engine, is_sharded, numel
 from .errors import SetupError
 from .loss import fuse_loss
 from .model import (
@@ -33,12 +36,14 @@ from .model import (
 )
 from .packing import Collator
 from .preflight import (
+    check_host_memory,
     check_memory,
     check_processes,
     check_settings,
     find_checkpoint,
     gradient_bytes,
-    is_sharded,
+    host_bytes,
+    kept_dtype,
     memory_floor,
     optimizer_state_bytes,
 )
@@ -99,6 +104,11 @@ class Trainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2 and self.args.bf16:
+            # Accelerate's policy rounds what the model returns, each token's log-probability too, to bf16.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise SetupError(
@@ -154,6 +164,13 @@ class Trainer(SFTTrainer):
         if self.args.should_save:
             rotate_checkpoints(str(place.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self._unfinished and self.is_fsdp_enabled and self.args.should_save:
+            # A sharded checkpoint holds weights alone: with these beside them, merged ones are a model.
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                part.save_pretrained(output_dir)
+
     def save_result(self) -> None:
         """Saves the model and its tokenizer to output_dir, each file in one step.
 
@@ -161,7 +178,13 @@ class Trainer(SFTTrainer):
             SetupError: something could not be written.
         """
         with self._beside("the model") as unfinished:
-            self.save_model(str(unfinished), _internal_call=True)
+            if self.is_fsdp_enabled:
+                # FSDP trains fp32 copies of the weights; gathered on the first process, they get their own dtype back.
+                state = self.accelerator.get_state_dict(self.model)
+                state = {name: x.to(self._dtypes.get(name, x.dtype)) for name, x in state.items()}
+                self._save(str(unfinished), state_dict=state)
+            else:
+                self.save_model(str(unfinished), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 saving.rename_files(unfinished, Path(self.args.output_dir))
@@ -257,6 +280,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         SetupError: whatever can be known to be wrong before the first step.
     """
     model_args, data_args, run_args, training = arguments.model, arguments.data, arguments.run, arguments.training
+    check_engine(training)
     check_settings(arguments)
     check_processes(run_args.num_processes, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.device_count())
     main = training.process_index == 0
@@ -297,7 +321,7 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
         eval_dataset=test_data,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[speed, *callbacks],
+        callbacks=[speed, Sharding(), *callbacks],
     )
     if model_args.fused_layers:
         patch_gpt_oss(trainer.model, attention=False, experts=False)
@@ -311,8 +335,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     attention = f"attention {model_args.attn_implementation}"
     if model_args.attn_implementation == "gptoss_triton":
         attention += f" (backend {default_backend(queries)})"
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    parameters = model.num_parameters() + packed_parameters(model)
+    trained = sum(map(numel, filter(lambda p: p.requires_grad, trainer.model.parameters())))
+    parameters = sum(map(numel, model.parameters())) + packed_parameters(model)
     say(f"model: {model_args.model_name_or_path}, {parameters:,} parameters, {trained:,} trained")
     say(f"trained: {', '.join(f'{part} {count:,}' for part, count in census(trainer.model).items())}")
     say(f"{attention}, {queries.dtype}, on {training.device}")
@@ -383,17 +407,20 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         raise SetupError("base_weights: mxfp4 weights are not spread over GPUs; ZeRO-3 and FSDP need bf16")
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else getattr(config, "dtype", None) or torch.bfloat16
     if training.device.type == "cuda":
-        parameters = count_parameters(config)
+        parameters, kept = count_parameters(config), kept_dtype(training, dtype)
+        trainable = 0 if args.use_peft else parameters
+        hosts = training.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_host_memory(host_bytes(training, trainable) // hosts, psutil.virtual_memory().total)
         check_memory(
             count_packed_bytes(config, dtype)
             if packed
             else memory_floor(
                 parameters,
-                0 if args.use_peft else parameters,
-                dtype.itemsize,
-                optimizer_state_bytes(training, dtype),
+                trainable,
+                kept.itemsize,
+                optimizer_state_bytes(training, kept),
                 training.world_size if sharded else 1,
-                gradient_bytes(training, dtype),
+                gradient_bytes(training, kept),
             ),
             torch.cuda.mem_get_info(training.device)[0],
             "take a larger GPU, more of them with configs/zero3.yaml, or adapters (use_peft; base_weights mxfp4)",

@@ -17,8 +17,8 @@ CHUNK = 4096  # tokens; at 201,088 words 1.6 GB of logits in bf16, and products 
 
 
 def chunk_size(tokens: int) -> int:
-    """Tokens whose logits exist at once: half of few tokens, where these logits would be a large part of the memory."""
-    return min(CHUNK, max(1024, triton.cdiv(tokens, 2)))
+    """Tokens whose logits exist at once: of few tokens a quarter, whose logits must not be the peak of the memory."""
+    return min(CHUNK, max(512, triton.cdiv(tokens, 4)))
 
 
 @triton.jit(do_not_specialize=["stride"])

@@ -219,7 +219,7 @@ def test_zero3_file_takes_effect(monkeypatch):
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
     assert environment["ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"] == "GptOssDecoderLayer"
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
-    assert environment["ACCELERATE_GRADIENT_CLIPPING"] == "1.0"
+    assert "ACCELERATE_GRADIENT_CLIPPING" not in environment  # the run's own max_grad_norm
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
@@ -227,7 +227,8 @@ def test_fsdp2_file_takes_effect(monkeypatch):
     environment = launcher_environment(monkeypatch, "fsdp2.yaml")
     assert environment["FSDP_VERSION"] == "2"
     assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "GptOssDecoderLayer"
-    assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
+    assert environment["FSDP_ACTIVATION_CHECKPOINTING"] == "false"  # gradient_checkpointing does that
 
 
 def test_help_is_quick_and_names_real_keys():
