@@ -246,3 +246,60 @@ def tile_owner(ax: Axes, tiles: int, *, column: int | None = None, row: int | No
     ax.set_yticks([tile + 0.5 for tile in range(tiles)], range(tiles))
     ax.grid(False)
     return walk
+
+
+def stacked_bars(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -> None:
+    """Draws a horizontal bar for each thing, cut into the same parts, told apart by colour and hatch.
+
+    Args:
+        ax: where to draw.
+        bars: label of a bar, the topmost first -> part -> its length.
+        unit: what the lengths are, the axis's label.
+    """
+    colours, hatches = (*OKABE_ITO[:7], "#BBBBBB"), ("", "//", "\\\\", "..", "xx", "--", "", "oo")
+    for place, parts in enumerate(bars.values()):
+        left = 0.0
+        for index, (part, length) in enumerate(parts.items()):
+            ax.barh(
+                place, length, left=left, color=colours[index % 8], hatch=hatches[index % 8], edgecolor="#444444",
+                linewidth=0.5, label=None if place else part,
+            )  # fmt: skip
+            left += length
+    ax.set_yticks(range(len(bars)), bars)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel=unit)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+
+
+def heat_map(ax: Axes, table: torch.Tensor, text: str, limit: float) -> None:
+    """Draws a table as colours with the numbers in them.
+
+    Args:
+        ax: where to draw.
+        table: (rows, columns).
+        text: how a number is written, a format specification such as ".0%".
+        limit: the number that gets the last colour; the first is zero's.
+    """
+    ax.imshow(table.numpy(), vmin=0, vmax=limit, aspect="auto")
+    for row, column in torch.cartesian_prod(*(torch.arange(n) for n in table.shape)).tolist():
+        value = table[row, column].item()
+        colour = "black" if value > 0.6 * limit else "white"
+        ax.text(column, row, format(value, text), ha="center", va="center", fontsize=8, color=colour)
+    ax.set_xticks(range(table.shape[1]))
+    ax.set_yticks(range(table.shape[0]))
+    ax.grid(False)
+
+
+def stacked_areas(ax: Axes, x: list[float], parts: Mapping[str, list[float]]) -> None:
+    """Draws parts of a sum above one another against x, told apart by colour and hatch.
+
+    Args:
+        ax: where to draw.
+        x: the common abscissae.
+        parts: name, the lowest first -> heights, as many as x.
+    """
+    colours = OKABE_ITO[: len(parts)]
+    areas = ax.stackplot(x, *parts.values(), labels=parts, colors=colours, alpha=0.85, edgecolor="#444444")
+    for area, hatch in zip(areas, ("", "//", "..", "\\\\", "xx", "--", "oo"), strict=False):
+        area.set_hatch(hatch)

@@ -62,6 +62,25 @@ def measured(name: str, here: Environment, measure: Callable[[], list[dict[str, 
     return rows
 
 
+def results(name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """Rows that the repository's benchmarks recorded, in benchmarks/results/<name>.csv, oldest first.
+
+    Args:
+        name: of the benchmark, such as "train_step".
+        wanted: column -> value; only rows that have them.
+
+    Raises:
+        FileNotFoundError: there is no such file in this checkout.
+        ValueError: no row has what is wanted.
+    """
+    with (RESULTS.parent / f"{name}.csv").open(newline="") as file:
+        rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+    rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    if not rows:
+        raise ValueError(f"wanted: expected what some row of {name}.csv has, got {wanted}")
+    return rows
+
+
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """Aligned plain text: floats with three significant digits or more, None as a dash."""
     cells = [list(columns), *([_text(row[column]) for column in columns] for row in rows)]

@@ -72,3 +72,28 @@ def test_tile_owner_walks_a_column_or_a_row():
     _, ax = plt.subplots()
     assert plots.tile_owner(ax, 4, row=2) == [(2, 0), (2, 1), (2, 2)]
     plt.close("all")
+
+
+def test_stacked_bars():
+    _, ax = plt.subplots()
+    plots.stacked_bars(ax, {"first": {"a": 1.0, "b": 2.0}, "second": {"a": 3.0, "b": 4.0}}, "ms")
+    assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 1), (1, 2), (0, 3), (3, 4)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"] and ax.get_xlabel() == "ms"
+    assert ax.yaxis_inverted() and [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert len({(p.get_facecolor(), p.get_hatch()) for p in ax.patches}) == 2
+    plt.close()
+
+
+def test_stacked_areas_add_up():
+    _, ax = plt.subplots()
+    plots.stacked_areas(ax, [1, 2], {"a": [1.0, 1.0], "b": [2.0, 5.0]})
+    assert max(ax.collections[1].get_paths()[0].vertices[:, 1]) == 6
+    assert [area.get_hatch() for area in ax.collections] == ["", "//"]
+    plt.close()
+
+
+def test_heat_map_shows_its_numbers():
+    _, ax = plt.subplots()
+    plots.heat_map(ax, torch.tensor([[0.1, 0.9]]), ".0%", limit=1.0)
+    assert [(text.get_text(), text.get_color()) for text in ax.texts] == [("10%", "white"), ("90%", "black")]
+    plt.close()

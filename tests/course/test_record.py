@@ -54,3 +54,15 @@ def test_a_gpu_measures_and_keeps_nothing(tmp_path, capsys):
     rows = record.measured("99_subject", Environment("gpu", device, torch.bfloat16, "GPU", None), lambda: ROWS)
     assert rows[0]["gpu"] == torch.cuda.get_device_name() and not list(tmp_path.iterdir())
     assert "measured here on NVIDIA" in capsys.readouterr().out
+
+
+def test_results_of_the_benchmarks(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "course")
+    (tmp_path / "steps.csv").write_text("variant,tokens,ms,commit\nours:lean,8192,1.5,123456\neager,4096,,abc\n")
+    first, second = record.results("steps")
+    assert first == {"variant": "ours:lean", "tokens": 8192, "ms": 1.5, "commit": "123456"} and second["ms"] is None
+    assert record.results("steps", tokens=4096) == [second]
+    with pytest.raises(ValueError, match="tokens"):
+        record.results("steps", tokens=1)
+    with pytest.raises(FileNotFoundError):
+        record.results("nothing")
