@@ -33,7 +33,10 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest MXFP4 weight; the group's power of two is the largest that its greatest weight does not fall below 4.
+    """The nearest MXFP4 weight for the scale of its group, ties to the even code (0, 1, 2 or 4).
+
+    The group's power of two is 2 ** (floor(log2 of its greatest magnitude) - 2), the standard's rule: the greatest
+    weight lies in [4, 8) times it, and what lies above 6 becomes 6. MXFP4 numbers come back as they were.
 
     Args:
         weight: (experts, in, out) as Transformers keeps it, in a multiple of 32; any floating dtype.
@@ -46,6 +49,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = exponent.clamp(-126, 127)
     scaled = groups * torch.exp2(-exponent.float())[..., None]
     magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
-    codes = torch.bucketize(scaled.abs().contiguous(), (magnitudes[1:] + magnitudes[:-1]) / 2)
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    middles[1::2] = middles[1::2].nextafter(magnitudes[0])  # a tie falls below: here it goes up, to the even code
+    codes = torch.bucketize(scaled.abs().contiguous(), middles)
     codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
     return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
