@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import DataArguments
-from .data import SHIPPED_DATA, encode, find, load_splits, load_tokenizer
+from .data import SHIPPED_DATA, Split, encode, find, load_splits, load_tokenizer
 from .errors import SetupError
 from .model import (
     count_packed_bytes,
@@ -108,7 +109,7 @@ def held_out(text: str | None, tokenizer: PreTrainedTokenizerBase, tokens: int) 
         split = "test" if path is None or path.is_dir() else "train"
         data = DataArguments(dataset_name=name, dataset_train_split=split)
         split, _ = load_splits(data, held_out=False)
-        documents = [document.input_ids.tolist() for document in encode(split, tokenizer, data)]
+        documents = _encoded(split, tokenizer, data)
     pieces, left = [], tokens
     for document in documents:
         for start in range(0, len(document) - 1, LENGTH - 1):  # a piece's last token is the next one's first
@@ -116,9 +117,18 @@ def held_out(text: str | None, tokenizer: PreTrainedTokenizerBase, tokens: int) 
             if len(piece) > 1:
                 pieces.append(piece)
                 left -= len(piece) - 1
+        if not left:
+            break
     if not pieces:
         raise SetupError(f"text: expected at least two tokens, {name} has fewer")
     return pieces
+
+
+def _encoded(split: Split, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Iterator[list[int]]:
+    """Every example of the split; row by row, as the first few are all that is wanted."""
+    for row, place in zip(split.rows, split.places, strict=True):
+        for document in encode(Split(split.name, [row], [place]), tokenizer, data):
+            yield document.input_ids.tolist()
 
 
 def _choose(configs: list) -> tuple[torch.device, torch.dtype] | None:

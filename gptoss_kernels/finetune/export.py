@@ -4,8 +4,10 @@
 
 Adapters on attention, router and experts are merged in fp32, and the sum is rounded once. What has no adapter and is
 stored as wanted already is copied bit for bit. Experts that have to become MXFP4 get the scale of the OCP standard,
-2 ** (floor(log2 of the greatest of 32 weights) - 2), and the nearest of its numbers, ties to the even code; what lies
-above 6 times the scale becomes 6 times the scale.
+2 ** (floor(log2 of the greatest of 32 weights) - 2), or twice that where the sum of squared errors is smaller, and the
+nearest of its numbers, ties to the even code; what lies above 6 times the scale becomes 6 times the scale. An adapter
+on experts changes most weights by less than half a step of MXFP4, and rounding takes much of it back: the comparison
+says how much that matters, and --to bf16 keeps it.
 
 Tensors go from file to file, one expert at a time. DIR appears when it is complete; one that holds something is
 refused. Then the exported model is compared with the trained one on held-out text: KL divergence and how often the
@@ -51,8 +53,8 @@ TOKENIZER = (
 )
 UNCONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 ROUNDING = (
-    "scale 2 ** (floor(log2 of the greatest of 32 weights) - 2), as in the OCP standard; nearest number, ties to the "
-    "even code; above 6 x scale: 6 x scale"
+    "scale 2 ** (floor(log2 of the greatest of 32 weights) - 2) as in the OCP standard, or twice that where the sum of "
+    "squared errors is smaller; nearest number, ties to the even code; above 6 x scale: 6 x scale"
 )
 # What an adapter's configuration may say. Anything else that is not PEFT's default would be lost here.
 MERGED_OPTIONS = {
@@ -273,7 +275,7 @@ def plan(base: Base, adapter: Adapter | None, to: str, device: torch.device | st
     def quantized(name: str) -> Iterator[torch.Tensor]:
         scales = []
         for weight in weights(name):
-            blocks, scale = quantize(weight[None])
+            blocks, scale = quantize(weight[None], best_scale=True)
             error = dequantize(blocks, scale, torch.float32)[0] - weight
             report.squared_error += error.double().square().sum().item()
             report.squared_weights += weight.double().square().sum().item()

@@ -32,7 +32,7 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     return weight
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor, *, best_scale: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest MXFP4 weight for the scale of its group, ties to the even code (0, 1, 2 or 4).
 
     The group's power of two is 2 ** (floor(log2 of its greatest magnitude) - 2), the standard's rule: the greatest
@@ -40,6 +40,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         weight: (experts, in, out) as Transformers keeps it, in a multiple of 32; any floating dtype.
+        best_scale: take twice the standard's power of two where the group's squared error is smaller with it.
 
     Returns:
         blocks uint8 (experts, out, in / 32, 16) and scales uint8 (experts, out, in / 32), as `dequantize` takes them.
@@ -47,10 +48,22 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     groups = weight.detach().float().mT.unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
     exponent = torch.frexp(groups.abs().amax(-1)).exponent - 3  # the greatest weight lies in [4, 8) after division
     exponent = exponent.clamp(-126, 127)
-    scaled = groups * torch.exp2(-exponent.float())[..., None]
-    magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
+    codes, error = _round(groups, exponent)
+    if best_scale:
+        above = (exponent + 1).clamp(max=127)
+        others, error_above = _round(groups, above)
+        better = error_above < error
+        exponent, codes = torch.where(better, above, exponent), torch.where(better[..., None], others, codes)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
+
+
+def _round(groups: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 codes of the numbers nearest to groups (..., 32), and the sum of squared errors (...)."""
+    scale = torch.exp2(exponent.float())[..., None]
+    size = (groups / scale).abs().contiguous()
+    magnitudes = torch.tensor(MAGNITUDES, device=groups.device)
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     middles[1::2] = middles[1::2].nextafter(magnitudes[0])  # a tie falls below: here it goes up, to the even code
-    codes = torch.bucketize(scaled.abs().contiguous(), middles)
-    codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
+    codes = torch.bucketize(size, middles)
+    error = ((magnitudes[codes] - size) * scale).square().sum(-1)
+    return (codes + 8 * (groups < 0)).to(torch.uint8), error
