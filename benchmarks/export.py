@@ -1,6 +1,6 @@
 """Export, measured: time and peak memory on random weights of gpt-oss-20b's shapes, and what a finetuned model keeps.
 
-python -m benchmarks.export size                    13 GiB of MXFP4 with adapters on attention and router, to each format
+python -m benchmarks.export size                    13 GiB of MXFP4, adapters on attention and router, to each format
 python -m benchmarks.export size --targets attention,router,experts --to mxfp4      every expert quantized anew
 python -m benchmarks.export kept outputs/sft_tiny   a finetuned small model: divergence and right answers, each format
 
@@ -26,8 +26,8 @@ from benchmarks import harness
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
     "model", "layers", "adapters", "to", "device", "base_gb", "written_gb", "seconds", "peak_host_gib", "tokens", "kl",
-    "top1", "relative_error", "problems", "answers_trained", "answers", "asked_trained", "asked", "gpu", "cpus", "torch",
-    "triton", "transformers", "date", "commit",
+    "top1", "relative_error", "problems", "answers_trained", "answers", "asked_trained", "asked", "gpu", "cpus",
+    "torch", "triton", "transformers", "date", "commit",
 ]  # fmt: skip
 SIZE, KEPT = COLUMNS[:9], [*COLUMNS[:1], *COLUMNS[2:4], *COLUMNS[9:18]]
 # In a process of its own: what it had resident is the export's alone.

@@ -23,12 +23,13 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
         (experts, in, out), contiguous, on the device of blocks.
     """
     values = torch.tensor((*MAGNITUDES, *(-x for x in MAGNITUDES)), device=blocks.device)
+    byte = torch.arange(256, device=blocks.device)
+    pairs = values[torch.stack([byte & 15, byte >> 4], dim=-1)]  # [256, 2]
     experts, out, groups, _ = blocks.shape
     weight = torch.empty(experts, groups * GROUP, out, dtype=dtype, device=blocks.device)
-    for expert in range(experts):  # the codes take 32 bits each while they are looked up
-        codes = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], dim=-1).flatten(-2).int()  # [out, groups, 32]
-        scale = torch.exp2(scales[expert].float() - 127)
-        weight[expert] = (values[codes] * scale[..., None]).flatten(-2).T
+    for expert in range(experts):  # in fp32, one at a time
+        unscaled = torch.nn.functional.embedding(blocks[expert].int(), pairs).flatten(-2)  # [out, groups, 32]
+        weight[expert] = (unscaled * torch.exp2(scales[expert].float() - 127)[..., None]).flatten(-2).T
     return weight
 
 
@@ -45,7 +46,7 @@ def quantize(weight: torch.Tensor, *, best_scale: bool = False) -> tuple[torch.T
     Returns:
         blocks uint8 (experts, out, in / 32, 16) and scales uint8 (experts, out, in / 32), as `dequantize` takes them.
     """
-    groups = weight.detach().float().mT.unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
+    groups = weight.detach().float().mT.contiguous().unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
     exponent = torch.frexp(groups.abs().amax(-1)).exponent - 3  # the greatest weight lies in [4, 8) after division
     exponent = exponent.clamp(-126, 127)
     codes, error = _round(groups, exponent)
@@ -60,10 +61,10 @@ def quantize(weight: torch.Tensor, *, best_scale: bool = False) -> tuple[torch.T
 def _round(groups: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 codes of the numbers nearest to groups (..., 32), and the sum of squared errors (...)."""
     scale = torch.exp2(exponent.float())[..., None]
-    size = (groups / scale).abs().contiguous()
-    magnitudes = torch.tensor(MAGNITUDES, device=groups.device)
-    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
-    middles[1::2] = middles[1::2].nextafter(magnitudes[0])  # a tie falls below: here it goes up, to the even code
-    codes = torch.bucketize(size, middles)
-    error = ((magnitudes[codes] - size) * scale).square().sum(-1)
-    return (codes + 8 * (groups < 0)).to(torch.uint8), error
+    size = (groups / scale).abs()
+    above_2, above_4 = (size >= 2).float(), (size >= 4).float()
+    step = (0.5 + 0.5 * above_2).add_(above_4)  # 0.5 below 2, 1 below 4, 2 below 8: what the numbers lie apart there
+    steps = (size / step).round_()  # ties to even
+    codes = (steps + 2 * above_2).add_(above_4, alpha=2).clamp_(max=7)  # 4 steps to each power of two, 2 of them new
+    error = (steps * step).clamp_(max=MAGNITUDES[-1]).sub_(size).mul_(scale).square_().sum(-1)
+    return codes.add_(groups < 0, alpha=8).to(torch.uint8), error

@@ -163,7 +163,7 @@ def test_it_loads_and_is_the_trained_model(adapter, tmp_path):
     with torch.no_grad():
         want = trained(ids).logits.log_softmax(-1)
         apart = (load(BF16)(ids).logits.log_softmax(-1) - want).abs().mean()
-        for to, share in (("bf16", 0.1), ("mxfp4", 0.6)):
+        for to, share in (("bf16", 0.1), ("mxfp4", 0.8)):
             out = tmp_path / to
             export(adapter, to, out)
             model, info = AutoModelForCausalLM.from_pretrained(
