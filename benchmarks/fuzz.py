@@ -30,7 +30,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", type=int, default=20_000, help="default: %(default)s")
     add("--first", type=int, default=0, help="seed of the first case (default: %(default)s)")
-    add("--longest", type=int, default=300, help="tokens (default: %(default)s)")
+    add(
+        "--longest",
+        type=int,
+        default=1200,
+        help="tokens; Hopper has kernels of its own from 1,024 (default: %(default)s)",
+    )
     add("--processes", type=int, default=12, help="default: %(default)s")
     add("--seconds", type=float, default=540, help="start no case after that time (default: %(default)s)")
     add("--output", type=Path, default=Path(__file__).parent / "results" / "fuzz.csv", help="the row goes here")

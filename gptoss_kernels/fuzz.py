@@ -16,7 +16,7 @@ from .testing import AttentionCase, ExpertsCase, fenced
 
 # (q_heads, kv_heads, head_dim, dtype): of a GPU, and of the interpreter, which cannot do bf16 and takes its time.
 GPU_SHAPES = [
-    (64, 8, 64, torch.bfloat16),
+    (16, 2, 64, torch.bfloat16),
     (4, 4, 64, torch.bfloat16),
     (8, 2, 64, torch.float16),
     (4, 2, 128, torch.bfloat16),
