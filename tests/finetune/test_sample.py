@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,10 +62,13 @@ def test_a_batch_is_what_eager_says_one_by_one(tokenizer, tmp_path):
     config = load_config(MODEL)
     keys = {"attn_implementation": "eager", "experts_implementation": "eager"}
     eager = load_checkpoint(MODEL, config, dtype=torch.float32, **keys)
-    want = [reply(eager, tokenizer, prompt, max_new_tokens=96) for prompt in PROMPTS]
-    path, output = tmp_path / "prompts.txt", tmp_path / "replies.jsonl"
-    path.write_text("\n\n".join(PROMPTS) + "\n")
-    assert answer(str(path), str(output), batch_size=2, **KEYS) == 3
+    lines = Path("data/reasoning/test.jsonl").read_text(encoding="utf-8").splitlines()[:5]
+    asked = [json.loads(line)["messages"][:-1] for line in lines]
+    prompts = [(messages[-1]["content"], messages[0]["content"]) for messages in asked]
+    want = [reply(eager, tokenizer, user, system=system, max_new_tokens=96) for user, system in prompts]
+    path, output = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl"
+    path.write_text("\n\n".join(json.dumps({"messages": messages}) for messages in asked))
+    assert answer(str(path), str(output), batch_size=3, **KEYS) == 5
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["reply"] for row in rows] == want
     assert rows[0]["messages"][0]["channel"] == "analysis" and "<|" not in rows[0]["messages"][0]["text"]
