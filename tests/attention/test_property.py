@@ -1,4 +1,4 @@
-"""Attention on 300 drawn calls: lengths, windows, packings, strides, dtypes, odd sinks, infinities, no keys."""
+"""Attention on 200 drawn calls: lengths, windows, packings, strides, dtypes, odd sinks, infinities, no keys."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from gptoss_kernels.testing import AttentionCase
 
 GPU = torch.cuda.is_available()
 DEVICE, SHAPES, LONGEST = ("cuda", GPU_SHAPES, 200) if GPU else ("cpu", INTERPRETER_SHAPES, 34)
-PARTS, CALLS = 6, 50
+PARTS, CALLS = 5, 40
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")  # numpy, of infinities
