@@ -267,6 +267,14 @@ def count_packed_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
+def stored_shapes(config: PreTrainedConfig, packed: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a checkpoint of the configuration's model holds, by name; with packed, its experts in
+    MXFP4."""
+    return {
+        name: tuple(x.shape) for name, x in _without_weights(config, torch.bfloat16, packed, {}).state_dict().items()
+    }
+
+
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}"

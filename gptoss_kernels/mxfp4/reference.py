@@ -23,29 +23,48 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
         (experts, in, out), contiguous, on the device of blocks.
     """
     values = torch.tensor((*MAGNITUDES, *(-x for x in MAGNITUDES)), device=blocks.device)
+    byte = torch.arange(256, device=blocks.device)
+    pairs = values[torch.stack([byte & 15, byte >> 4], dim=-1)]  # [256, 2]
     experts, out, groups, _ = blocks.shape
     weight = torch.empty(experts, groups * GROUP, out, dtype=dtype, device=blocks.device)
-    for expert in range(experts):  # the codes take 32 bits each while they are looked up
-        codes = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], dim=-1).flatten(-2).int()  # [out, groups, 32]
-        scale = torch.exp2(scales[expert].float() - 127)
-        weight[expert] = (values[codes] * scale[..., None]).flatten(-2).T
+    for expert in range(experts):  # in fp32, one at a time
+        unscaled = torch.nn.functional.embedding(blocks[expert].int(), pairs).flatten(-2)  # [out, groups, 32]
+        weight[expert] = (unscaled * torch.exp2(scales[expert].float() - 127)[..., None]).flatten(-2).T
     return weight
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest MXFP4 weight; the group's power of two is the largest that its greatest weight does not fall below 4.
+def quantize(weight: torch.Tensor, *, best_scale: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest MXFP4 weight for the scale of its group, ties to the even code (0, 1, 2 or 4).
+
+    The group's power of two is 2 ** (floor(log2 of its greatest magnitude) - 2), the standard's rule: the greatest
+    weight lies in [4, 8) times it, and what lies above 6 becomes 6. MXFP4 numbers come back as they were.
 
     Args:
         weight: (experts, in, out) as Transformers keeps it, in a multiple of 32; any floating dtype.
+        best_scale: take twice the standard's power of two where the group's squared error is smaller with it.
 
     Returns:
         blocks uint8 (experts, out, in / 32, 16) and scales uint8 (experts, out, in / 32), as `dequantize` takes them.
     """
-    groups = weight.detach().float().mT.unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
+    groups = weight.detach().float().mT.contiguous().unflatten(-1, (-1, GROUP))  # [experts, out, in / 32, 32]
     exponent = torch.frexp(groups.abs().amax(-1)).exponent - 3  # the greatest weight lies in [4, 8) after division
     exponent = exponent.clamp(-126, 127)
-    scaled = groups * torch.exp2(-exponent.float())[..., None]
-    magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
-    codes = torch.bucketize(scaled.abs().contiguous(), (magnitudes[1:] + magnitudes[:-1]) / 2)
-    codes = (codes + 8 * (scaled < 0)).to(torch.uint8)
+    codes, error = _round(groups, exponent)
+    if best_scale:
+        above = (exponent + 1).clamp(max=127)
+        others, error_above = _round(groups, above)
+        better = error_above < error
+        exponent, codes = torch.where(better, above, exponent), torch.where(better[..., None], others, codes)
     return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).to(torch.uint8)
+
+
+def _round(groups: torch.Tensor, exponent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 codes of the numbers nearest to groups (..., 32), and the sum of squared errors (...)."""
+    scale = torch.exp2(exponent.float())[..., None]
+    size = (groups / scale).abs()
+    above_2, above_4 = (size >= 2).float(), (size >= 4).float()
+    step = (0.5 + 0.5 * above_2).add_(above_4)  # 0.5 below 2, 1 below 4, 2 below 8: what the numbers lie apart there
+    steps = (size / step).round_()  # ties to even
+    codes = (steps + 2 * above_2).add_(above_4, alpha=2).clamp_(max=7)  # 4 steps to each power of two, 2 of them new
+    error = (steps * step).clamp_(max=MAGNITUDES[-1]).sub_(size).mul_(scale).square_().sum(-1)
+    return codes.add_(groups < 0, alpha=8).to(torch.uint8), error

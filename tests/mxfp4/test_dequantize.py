@@ -77,3 +77,28 @@ def test_quantized_numbers_come_back():
     blocks, scales = draw(2, 32, 3, 100, 140)
     weight = dequantize(blocks, scales)
     assert torch.equal(dequantize(*quantize(weight)), weight)
+
+
+def test_ties_go_to_the_even_code():
+    # In units of the scale that 4 fixes; the odd codes mean 0.5, 1.5, 3 and 6.
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.0])
+    weight = torch.cat([ties, -ties, torch.zeros(16)]).view(1, GROUP, 1)
+    want = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0])
+    got = dequantize(*quantize(weight), torch.float32).flatten()
+    assert torch.equal(got, torch.cat([want, -want, torch.zeros(16)]))
+    above, below = (dequantize(*quantize(weight * (1 + x)), torch.float32).flatten()[:7] for x in (1e-6, -1e-6))
+    assert torch.equal(above, torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]))
+    assert torch.equal(below, torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]))
+
+
+def test_the_better_of_two_scales():
+    weight = torch.randn(2, 128, 40, generator=torch.Generator().manual_seed(0))
+
+    def errors(w, **keys):
+        return (dequantize(*quantize(w, **keys), torch.float32) - w).square().unflatten(1, (-1, GROUP)).sum(2)
+
+    standard, best, doubled = errors(weight), errors(weight, best_scale=True), quantize(weight, best_scale=True)[1]
+    assert (best <= standard).all() and (best < standard).any() and (best == standard).any()
+    assert set((doubled.int() - quantize(weight)[1].int()).unique().tolist()) == {0, 1}
+    weight = dequantize(*draw(2, 32, 3, 100, 140), torch.float32)
+    assert torch.equal(dequantize(*quantize(weight, best_scale=True), torch.float32), weight)
