@@ -47,8 +47,7 @@ def measured(name: str, here: Environment, measure: Callable[[], list[dict[str, 
                 f"{name}: there is no GPU here to measure on and no record benchmarks/results/course/{path.name}; "
                 "is the package installed from a clone of the repository (pip install -e)?"
             )
-        with path.open(newline="") as file:
-            rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        rows = read(path)
     if record:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -60,6 +59,12 @@ def measured(name: str, here: Environment, measure: Callable[[], list[dict[str, 
           f"triton {first['triton']}, commit {first['commit']}")  # fmt: skip
     print(table([column for column in first if column not in ORIGIN], rows))
     return rows
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """Rows of a file of benchmarks/results, numbers as numbers, empty cells as None."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

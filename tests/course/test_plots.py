@@ -72,3 +72,20 @@ def test_tile_owner_walks_a_column_or_a_row():
     _, ax = plt.subplots()
     assert plots.tile_owner(ax, 4, row=2) == [(2, 0), (2, 1), (2, 2)]
     plt.close("all")
+
+
+def test_bars_are_put_together_and_side_by_side():
+    _, ax = plt.subplots()
+    plots.stacked_bars(ax, {"full": (1.0, 2.0), "lora": (1.0, 0.5)}, ("weights", "gradients"), unit="GiB")
+    widths = [[bar.get_width() for bar in part] for part in ax.containers]
+    assert widths == [[1.0, 1.0], [2.0, 0.5]] and [bar.get_x() for bar in ax.containers[1]] == [1.0, 1.0]
+    assert [text.get_text() for text in ax.texts] == ["3.0 GiB", "1.5 GiB"] and ax.yaxis_inverted()
+    assert len({part[0].get_hatch() for part in ax.containers}) == 2
+
+    _, ax = plt.subplots()
+    plots.grouped_bars(ax, ["a", "b"], {"before": (1, 2), "after": (3, 4)})
+    (a, b), (c, d) = ax.containers
+    assert [bar.get_height() for bar in (a, b, c, d)] == [1, 2, 3, 4]
+    assert a.get_x() + a.get_width() <= c.get_x() + 1e-9 < c.get_x() + c.get_width() <= b.get_x() + 1e-9
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
+    plt.close("all")
