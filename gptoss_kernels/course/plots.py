@@ -1,6 +1,6 @@
 """Matplotlib as the course uses it: colour-blind-safe, and readable in Jupyter's light and dark themes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -246,3 +246,47 @@ def tile_owner(ax: Axes, tiles: int, *, column: int | None = None, row: int | No
     ax.set_yticks([tile + 0.5 for tile in range(tiles)], range(tiles))
     ax.grid(False)
     return walk
+
+
+HATCHES = (None, "//", "..", "xx", "\\\\", "oo")  # so that no bar is told by its colour alone
+
+
+def stacked_bars(ax: Axes, bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, unit: str) -> None:
+    """Draws a lying bar for each name, put together from parts, with its sum at its end; the first name on top.
+
+    Args:
+        ax: where to draw.
+        bars: name -> a size for each part.
+        parts: their names, for the legend.
+        unit: of the sizes, written behind the sums.
+    """
+    left = [0.0] * len(bars)
+    for i, part in enumerate(parts):
+        sizes = [bar[i] for bar in bars.values()]
+        ax.barh(
+            list(bars), sizes, left=left, label=part, color=OKABE_ITO[i % 7], hatch=HATCHES[i % 6], edgecolor="white"
+        )
+        left = [x + size for x, size in zip(left, sizes, strict=True)]
+    for name, total in zip(bars, left, strict=True):
+        ax.annotate(f"{total:,.1f} {unit}", (total, name), (4, 0), textcoords="offset points", va="center")
+    ax.set_xlim(0, 1.2 * max(left))
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.legend(loc="lower right")
+
+
+def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
+    """Draws standing bars side by side: for each name one of each group.
+
+    Args:
+        ax: where to draw.
+        names: along the x axis.
+        groups: label -> a height for each name.
+    """
+    width = 0.8 / len(groups)
+    for i, (label, heights) in enumerate(groups.items()):
+        at = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(names))]
+        look = dict(color=OKABE_ITO[i % 7], hatch=HATCHES[i % 6], edgecolor="white")
+        ax.bar(at, heights, width=0.95 * width, label=label, **look)
+    ax.set_xticks(range(len(names)), names, fontsize=8)
+    ax.grid(visible=False, axis="x")
