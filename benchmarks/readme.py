@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
 EXPERTS = ROOT / "benchmarks" / "results" / "experts.csv"
 FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
+MXFP4 = ROOT / "benchmarks" / "results" / "mxfp4.csv"
 TRAIN_STEP = ROOT / "benchmarks" / "results" / "train_step.csv"
 LABELS = {
     "ours": "gptoss_kernels",
@@ -198,6 +199,27 @@ def experts_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + f"\n\n{foot}"
 
 
+def mxfp4_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: the newest row of each model, base weights, parts with adapters, recomputation and length."""
+    keys = ("gpu", "model", "tokens", "targets", "weights", "recomputation", "offload", "memory_gib")
+    newest = {tuple(r[key] for key in keys): r for r in rows}
+    lines = [
+        "| model | tokens | adapters on | base weights | recomputation | tokens/s | peak GiB | reserved GiB |",
+        "|---" * 8 + "|",
+    ]
+    place = lambda r: (r["model"] != "gpt-oss-20b", int(r["tokens"]), r["targets"], r["weights"])  # noqa: E731
+    for r in sorted(newest.values(), key=place):
+        keeps = r["recomputation"] + ", offloaded" * (r["offload"] == "True")
+        memory = f"{float(r['peak_gib']):.1f} | {float(r['reserved_gib']):.1f}"
+        parts = r["targets"].replace("+", ", ")
+        head = f"{r['model']} | {int(r['tokens']):,} | {parts} | {r['weights']} | {keeps}"
+        lines.append(f"| {head} | {int(r['tokens_per_second']):,} | {memory} |")
+    used = list(newest.values())
+    versions = ", ".join(f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers"))
+    measured = f"{_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {versions}"
+    return "\n".join(lines) + f"\n\n{_distinct(used, 'gpu')}, rank 8, batch 1. Measured {measured}."
+
+
 def update(text: str, name: str, body: str) -> str:
     """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced by `body`.
 
@@ -235,6 +257,7 @@ def main() -> None:
     text = update(text, "train_step", train_step_table(harness.read_rows(TRAIN_STEP)))
     text = update(text, "experts", experts_table(harness.read_rows(EXPERTS)))
     text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
+    text = update(text, "mxfp4", mxfp4_table(harness.read_rows(MXFP4)))
     readme.write_text(text, encoding="utf-8")
 
 

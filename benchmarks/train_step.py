@@ -2,9 +2,11 @@
 
 python benchmarks/train_step.py                       ours, lean and as fast as memory allows, 8,192 and 16,384 tokens
 python benchmarks/train_step.py --variants ours:auto,flex,flash_attention_4,eager --lengths 4096,8192,16384,32768
-python benchmarks/train_step.py --training full --layers 6 --variants ours:lean,flex       all weights, on one 80 GB GPU
+python benchmarks/train_step.py --training full --variants ours:lean,flex                 all weights, on one 141 GB GPU
 
-A step is the whole step: one document of the full length, copied to the GPU, forward, backward, clipping, AdamW.
+A step is the whole step: one document of the full length, copied to the GPU, forward, backward, clipping, AdamW. With
+all weights trained there is no clipping, and AdamW keeps 8-bit moments: ours inside the backward pass (configs/
+sft_full_single.yaml), that of bitsandbytes for the others.
 Variants:
   ours:lean|auto|fast  patch_gpt_oss and the fused loss; what is kept for the backward pass as sft.py's recomputation
   flex, flash_attention_4   that attention, Transformers' grouped_mm, Liger's fused linear cross-entropy
@@ -16,6 +18,7 @@ the row.
 """
 
 import argparse
+import contextlib
 import gc
 import re
 import sys
@@ -47,7 +50,7 @@ LOSSES = ("ours", "trl", "liger", "logits")
 # GPU kernels by name; the first pattern that is found decides. GEMMs are those of projections and the LM head.
 PARTS = {
     "grouped_gemm_ms": r"GroupProblemShape|grouped",
-    "attention_ms": r"^(forward|dkdv|dq|delta)_kernel|flash|flex|Flash|FLASH|softmax|triton_tem_fused|cutlass.*[Aa]ttn",
+    "attention_ms": r"^(forward|dkdv|dq)(_hopper)?_kernel|[Ff]lash|FLASH|flex|softmax|triton_tem|cutlass.*[Aa]ttn",
     "loss_ms": r"cross_entropy|liger_",
     "gemm_ms": r"nvjet|gemm|cutlass|splitKreduce",
     "experts_ms": r"^(activation|combine|expert_sum)|gather_kernel|radix_sort|RadixSort|topk|TopK|searchsorted",
@@ -104,10 +107,11 @@ def model_flops(config, tokens: int, training: str = "lora") -> float:
 class Step:
     """One variant of the training step, set up on the model."""
 
-    def __init__(self, variant: str, model, tokens: int, training: str = "lora"):
+    def __init__(self, variant: str, model, tokens: int, training: str = "lora", offload: bool = False):
+        """offload: layers' inputs wait for the backward pass in the host's memory (activation_offloading)."""
         from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
-        self.variant, self.model, self.tokens = variant, model, tokens
+        self.variant, self.model, self.tokens, self.training = variant, model, tokens, training
         self.base = next(module for module in model.modules() if isinstance(module, GptOssForCausalLM))
         self.chooser = None
         unpatch_gpt_oss(model)
@@ -127,7 +131,22 @@ class Step:
 
             add_fused_lm_head(self.base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.trained, self.optimizer = trained, torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.trained = trained
+        if training == "lora":
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        elif variant.startswith("ours"):
+            from gptoss_kernels.finetune.optimizer import AdamW8bit
+
+            self.optimizer = AdamW8bit(trained, lr=1e-5, in_backward=True)
+        else:
+            from bitsandbytes.optim import AdamW8bit
+
+            self.optimizer = AdamW8bit(trained, lr=1e-5)
+        self.offloading = contextlib.nullcontext()
+        if offload:
+            from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+            self.offloading = get_act_offloading_ctx_manager(model)
         generator = torch.Generator().manual_seed(0)
         vocab = self.base.config.vocab_size
         self.batches = [torch.randint(0, vocab, (1, tokens), generator=generator).pin_memory() for _ in range(3)]
@@ -160,10 +179,12 @@ class Step:
 
     def __call__(self, n: int) -> torch.Tensor:
         ids = self.batches[n % 3].to("cuda", non_blocking=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = self.forward(ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        with self.offloading:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = self.forward(ids)
+            loss.backward()
+        if self.training == "lora":
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -172,7 +193,7 @@ class Step:
 def measure(step: Step, options: argparse.Namespace) -> dict:
     """Median time of a step, its peak memory, and its parts by the profiler."""
     device = torch.device("cuda")
-    for n in range(3):
+    for n in range(3 if step.chooser and step.automatic else 2):
         step(n)
         step.settle()
     torch.cuda.synchronize()
@@ -240,21 +261,26 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         trained = model.requires_grad_()
     balance = load(model, 4096)
-    names = ("peft", "liger-kernel", "trl", "flash-attn-4")
+    names = ("peft", "liger-kernel", "trl", "flash-attn-4", "bitsandbytes")
     packages = " ".join(f"{name} {harness.version(name)}" for name in names if harness.version(name))
     rows = []
     for tokens in options.lengths:
         for variant in options.variants:
             gc.collect()
             torch.cuda.empty_cache()
+            step = Step(variant, trained, tokens, options.training)
             try:
-                result = measure(Step(variant, trained, tokens, options.training), options)
+                result = measure(step, options)
             except Exception as error:  # running out of memory is what eager does; ours must not
                 trained.zero_grad(set_to_none=True)
                 if variant.startswith("ours"):
                     raise
                 print(f"{variant}: {tokens} tokens: no row, {type(error).__name__}: {str(error).splitlines()[0][:150]}")
                 continue
+            finally:
+                if hasattr(step.optimizer, "remove_hooks"):
+                    step.optimizer.remove_hooks()
+                del step
             row = {
                 "variant": variant, "training": options.training, "model": options.model, "layers": options.layers,
                 "tokens": tokens, **result, "load_max_over_mean": balance, "packages": packages, **origin,

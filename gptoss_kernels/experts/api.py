@@ -8,6 +8,9 @@ from ..mxfp4.reference import dequantize
 from .reference import ExpertsLoRA, experts_reference
 
 BACKENDS = ("auto", "triton", "reference")
+# Tokens of one pass over frozen weights: what exists for the length of a product is bounded. At 16,384 tokens a product
+# is at full speed, and making packed weights dense again for each pass costs a few percent of it.
+CHUNK = 32768
 
 
 def fused_experts(
@@ -30,7 +33,8 @@ def fused_experts(
     act is the clamped SwiGLU over interleaved columns: gate (even) <= limit, |up| (odd) <= limit,
     (up + 1) gate sigmoid(alpha gate). Exact and differentiable in x, routing_weights and the four parameters; each
     gradient is computed only if it is needed. For the backward pass it keeps x, the pre-activation
-    (tokens * top_k, 2 * intermediate) and the routing.
+    (tokens * top_k, 2 * intermediate) and the routing. Frozen weights take more than 32,768 tokens in passes of as
+    many, which does not change y.
 
     Args:
         x: (tokens, hidden), fp16, bf16 or fp32.
@@ -82,15 +86,23 @@ def fused_experts(
         a if isinstance(a, PackedExperts) else a.contiguous() for a in arguments
     )
     (w1, s1), (w2, s2) = ((w.blocks, w.scales) if isinstance(w, PackedExperts) else (w, None) for w in (w1, w2))
-    arguments = (x, w1, b1, w2, b2, router_indices, routing_weights, float(alpha), float(limit))
     # These imports decorate the kernels: not before the first launch.
     if gate_up_lora is None and down_lora is None:
-        from .autograd import triton_experts
+        from .autograd import triton_experts as compute
 
-        return triton_experts(*arguments, s1, s2)
-    from .lora import triton_lora_experts
+        adapters = ()
+    else:
+        from .lora import factors
+        from .lora import triton_lora_experts as compute
 
-    return triton_lora_experts(*arguments, gate_up_lora, down_lora, s1, s2)
+        adapters = *factors(gate_up_lora, x.dtype), *factors(down_lora, x.dtype)
+    frozen = not any(w.requires_grad for w in parameters.values())
+    parts = [tensor.split(CHUNK if frozen else x.shape[0]) for tensor in (x, router_indices, routing_weights)]
+    results = [
+        compute(tokens, w1, b1, w2, b2, indices, weights, float(alpha), float(limit), *adapters, s1, s2)
+        for tokens, indices, weights in zip(*parts, strict=True)
+    ]
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _check_arguments(x, parameters, router_indices, routing_weights, alpha, limit, backend) -> None:

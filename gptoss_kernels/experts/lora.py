@@ -12,6 +12,7 @@ from ..keep import kept
 from ..mxfp4.buffer import dense
 from .backward import launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
+from .low_rank import add_low_rank
 from .routing import Routing, grouped_outer, grouped_product, route
 
 
@@ -36,13 +37,13 @@ class _LoRAExperts(torch.autograd.Function):
             low = x.new_empty(0)
             if a1 is not None:
                 low = grouped_product(rows, a1.transpose(1, 2), routing.ends)  # [rows, rank]
-                hidden += grouped_product(low, c1, routing.ends)
+                add_low_rank(hidden, low, c1, routing.expert)
             del rows
             act = x.new_empty(hidden.shape[0], hidden.shape[1] // 2)
             launch_activation(hidden, p.b1, routing.expert, act, alpha, limit)
             down = grouped_product(act, dense(p.w2, p.s2, x.dtype), routing.ends)
             if a2 is not None:
-                down += grouped_product(grouped_product(act, a2.transpose(1, 2), routing.ends), c2, routing.ends)
+                add_low_rank(down, grouped_product(act, a2.transpose(1, 2), routing.ends), c2, routing.expert)
             y = torch.empty_like(x)
             launch_combine(down, p.b2, routing_weights, routing.row, router_indices, y, experts)
             return y, hidden, low
@@ -67,7 +68,7 @@ class _LoRAExperts(torch.autograd.Function):
         dact = grouped_product(dy_rows, dense(p.w2, p.s2, x.dtype).transpose(1, 2), ends)
         if a2 is not None:
             dlow2 = grouped_product(dy_rows, c2.transpose(1, 2), ends)  # without the routing weight, which act has
-            dact += grouped_product(dlow2, a2, ends)
+            add_low_rank(dact, dlow2, a2, routing.expert)
         dhidden = torch.empty_like(hidden)
         weighted = torch.empty_like(dact) if a2 is not None else None
         dweight = x.new_empty(routing.slot.shape, dtype=torch.float32)
@@ -91,13 +92,13 @@ class _LoRAExperts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_rows = grouped_product(dhidden, dense(p.w1, p.s1, x.dtype).transpose(1, 2), ends)
             if a1 is not None:
-                dx_rows += grouped_product(dlow1, a1, ends)
+                add_low_rank(dx_rows, dlow1, a1, routing.expert)
             dx = torch.empty_like(x)
             launch_combine(dx_rows, None, None, routing.row, router_indices, dx, experts)
         return dx, drouting, da1, dc1, da2, dc2, *[None] * 9
 
 
-def _factors(lora, dtype: torch.dtype) -> tuple:
+def factors(lora, dtype: torch.dtype) -> tuple:
     """(A (experts, rank, in), scaling B^T (experts, rank, out)) in dtype, or Nones. Zeros fill the rank up to a
     multiple of 8, the 16 bytes that torch's grouped_mm wants rows to begin on."""
     if lora is None:
@@ -111,8 +112,7 @@ def _factors(lora, dtype: torch.dtype) -> tuple:
 
 @torch.compiler.disable
 def triton_lora_experts(
-    x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, gate_up_lora, down_lora, s1, s2
+    x, w1, b1, w2, b2, router_indices, routing_weights, alpha, limit, a1, c1, a2, c2, s1=None, s2=None
 ):
-    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`."""
-    factors = *_factors(gate_up_lora, x.dtype), *_factors(down_lora, x.dtype)
-    return _LoRAExperts.apply(x, routing_weights, *factors, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2)
+    """Checked arguments in, y out: see `gptoss_kernels.fused_experts`. a1 … c2: of `factors`, for each projection."""
+    return _LoRAExperts.apply(x, routing_weights, a1, c1, a2, c2, router_indices, alpha, limit, w1, b1, w2, b2, s1, s2)

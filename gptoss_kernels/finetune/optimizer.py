@@ -109,6 +109,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self.accumulating = False
         self._squares: dict[int, torch.Tensor] = {}  # of the gradients that this step has used and freed
         self._places: dict[torch.Tensor, tuple[int, int]] = {}  # group and number of each parameter
+        self._handles = []
         for number_of_group, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if type(p.data) is not torch.Tensor or p.dtype not in (torch.float32, torch.bfloat16):
@@ -119,7 +120,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 p.data = p.data.contiguous()
                 self._places[p] = number_of_group, len(self._places)
                 if in_backward and self._large(p):
-                    p.register_post_accumulate_grad_hook(self._hook)
+                    self._handles.append(p.register_post_accumulate_grad_hook(self._hook))
+
+    def remove_hooks(self) -> None:
+        """Lets go of the parameters: backward passes no longer take this optimizer's steps."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def _large(self, p: torch.Tensor) -> bool:
         return p.numel() >= self.min_size

@@ -10,6 +10,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from ..attention.fa4 import load_fa4
 from ..integrations.transformers import FA4_NAME, NAME
+from ..plan import memory
 from .config import Arguments, TrainingArguments
 from .errors import SetupError
 from .optimizer import IN_BACKWARD, NAMES, parse_arguments
@@ -74,6 +75,10 @@ def check_settings(arguments: Arguments) -> None:
             load_fa4()
         except RuntimeError as error:
             raise SetupError(f"attn_implementation: {FA4_NAME!r}: {error}") from error
+    if training.activation_offloading and training.device.type != "cuda":
+        raise SetupError(
+            f"activation_offloading: expected a GPU, whose memory it relieves, got the device {training.device}"
+        )
     for tracker in training.report_to:
         if importlib.util.find_spec(tracker) is None:
             raise SetupError(f"report_to: {tracker} is not installed; install it, or set report_to to none")
@@ -188,17 +193,13 @@ def is_sharded(training: TrainingArguments) -> bool:
 def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
     """Bytes that the optimizer keeps per trained parameter, at the least."""
     name = str(getattr(training.optim, "value", training.optim))
-    if "adam" not in name:
-        return 0
-    if training.deepspeed_plugin is not None:
-        return 12  # DeepSpeed's mixed precision: fp32 weights and both moments
-    return 2 if "8bit" in name else 2 * dtype.itemsize
+    return memory.state_bytes(name, dtype.itemsize, sharded=training.deepspeed_plugin is not None)
 
 
 def gradient_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
     """Bytes of gradient that exist together per trained parameter: none if each is used as soon as it is there."""
     name = str(getattr(training.optim, "value", training.optim))
-    return 0 if name == IN_BACKWARD and training.gradient_accumulation_steps == 1 else dtype.itemsize
+    return memory.gradient_bytes(name, training.gradient_accumulation_steps, dtype.itemsize)
 
 
 def memory_floor(

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..keep import contexts
+from ..plan.memory import RESERVE, WHOLE_MARGIN, bytes_kept, layers_that_fit
 
 ROUTING, ATTENTION, EXPERTS = (frozenset({name}) for name in ("routing", "attention", "experts"))
 
@@ -28,17 +29,6 @@ def keep(layer: torch.nn.Module, names: frozenset[str]) -> None:
     )
 
 
-def bytes_kept(config, tokens: int, itemsize: int) -> tuple[int, int, int]:
-    """Bytes a layer holds for this many tokens if it keeps attention's results, those of the experts, and the rest."""
-    attention = config.num_attention_heads * (config.head_dim * itemsize + 4)
-    experts = (
-        config.num_experts_per_tok * (2 * config.intermediate_size * itemsize + 20) + config.hidden_size * itemsize
-    )
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    rest = (heads * config.head_dim + 4 * config.hidden_size + 4 * config.num_local_experts) * itemsize
-    return tokens * attention, tokens * experts, tokens * rest
-
-
 class Recomputation(TrainerCallback):
     """Chooses what each checkpointed layer keeps: everything is computed again in the first step. What the peak of that
     step has left free is given to attention's results first, then to the experts'; what the next has left, to layers
@@ -50,9 +40,9 @@ class Recomputation(TrainerCallback):
 
     # What a layer keeps besides attention's and the experts' results also depends on what is outside this package
     # (adapters, norms that are not fused), so that its estimate gets a margin.
-    MARGIN = 1.5
+    MARGIN = WHOLE_MARGIN
 
-    def __init__(self, model: PreTrainedModel, mode: str, tokens: int, reserve: float = 0.06):
+    def __init__(self, model: PreTrainedModel, mode: str, tokens: int, reserve: float = RESERVE):
         """mode: "lean" keeps the routing alone, "fast" all, "auto" what fits. tokens: of a forward pass, at most.
         reserve: share of the GPU's memory that stays free."""
         self.layers = [layer for layer in model.modules() if hasattr(layer, "gradient_checkpointing") and
@@ -76,10 +66,7 @@ class Recomputation(TrainerCallback):
     def fit(self, free: int) -> tuple[int, int]:
         """How many layers can keep attention's and the experts' results in this many bytes."""
         each_attention, each_experts, _ = bytes_kept(self.config, self.tokens, self.dtype.itemsize)
-        count = len(self.layers)
-        attention = max(0, min(count, free // each_attention))
-        experts = max(0, min(count, (free - attention * each_attention) // each_experts)) if attention == count else 0
-        return attention, experts
+        return layers_that_fit(len(self.layers), free, each_attention, each_experts)
 
     def on_train_begin(self, args, state, control, **kwargs):
         count = len(self.layers)

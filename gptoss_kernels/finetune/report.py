@@ -10,18 +10,15 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from ..plan.speed import GPUS
+
 # Two of the Okabe-Ito colours and a neutral, told apart with any colour vision; the line styles differ too.
 TRAIN, HELD_OUT, BIGRAM = "#0072B2", "#D55E00", "#555555"
 
 
-# Dense bf16 FLOP/s by a part of the device's name, the first that fits. Source: NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-         "L40S": 362e12, "L40": 181e12, "L4": 121e12}  # fmt: skip
-
-
 def peak_flops(device: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None for one that is not known."""
-    return next((peak for part, peak in PEAKS.items() if part in device), None)
+    return next((gpu.flops for part, gpu in GPUS.items() if part in device), None)
 
 
 def flops_per_token(model: torch.nn.Module) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import attention, experts, harness, readme, train_step
+from benchmarks import attention, experts, harness, mxfp4, readme, train_step
 
 
 def row(**changes):
@@ -39,9 +39,11 @@ def test_readme_agrees_with_the_rows():
     assert readme.update(text, "experts", body) == text, "run `python -m benchmarks.readme`"
     body = readme.finetune_table(harness.read_rows(readme.FINETUNE))
     assert readme.update(text, "finetune", body) == text, "run `python -m benchmarks.readme`"
+    body = readme.mxfp4_table(harness.read_rows(readme.MXFP4))
+    assert readme.update(text, "mxfp4", body) == text, "run `python -m benchmarks.readme`"
 
 
-@pytest.mark.parametrize("benchmark", [attention, experts, train_step], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [attention, experts, mxfp4, train_step], ids=lambda module: module.__name__)
 def test_stored_rows_have_todays_columns(benchmark):
     path = readme.ROOT / "benchmarks" / "results" / f"{benchmark.__name__.rpartition('.')[2]}.csv"
     rows = harness.read_rows(path)

@@ -23,7 +23,9 @@ HOPPER = {"forward_hopper_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"}
 LAYERS = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
 MXFP4 = {"dequantize_kernel"}
 ADAMW = {"adamw_kernel"}
-EXPERTS = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
+EXPERTS = {
+    "activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel", "add_low_rank_kernel",
+}  # fmt: skip
 FEATURES = {
     "full": {},
     "window": {"HAS_WINDOW": True, "SPLIT": False},
@@ -104,6 +106,7 @@ def experts_arguments(kernel, dtype: torch.dtype) -> dict:
         "combine_kernel": dict(BLOCK_T=2, BLOCK_H=1024),
         "activation_backward_kernel": dict(BLOCK_R=2, BLOCK_I=1024),
         "expert_sum_kernel": dict(BLOCK_R=64, BLOCK_W=64),
+        "add_low_rank_kernel": dict(BLOCK_R=32, BLOCK_W=128, BLOCK_K=16, RANK=8),
     }
     known = dict(INTERMEDIATE=2880, HIDDEN=2880, WIDTH=5760, TOP_K=4, HAS_BIAS=True, HAS_WEIGHT=True, WRITE_ACT=True)
     known |= dict(GATHER=True, dweight=torch.float32, alpha="fp32", limit="fp32", rows="i32", tokens="i32")

@@ -30,7 +30,7 @@ def test_kernels_fit(capability):
     hopper = {"forward_hopper_kernel", "dkdv_hopper_kernel", "dq_hopper_kernel"} if capability == 90 else set()
     experts = {"activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel"}
     layers = {"rms_norm_kernel", "rms_norm_backward_kernel", "rope_kernel", "cross_entropy_kernel"}
-    others = {"dequantize_kernel", "adamw_kernel"}
+    others = {"dequantize_kernel", "adamw_kernel", "add_low_rank_kernel"}
     assert {row["kernel"] for row in rows} == attention | hopper | experts | layers | others
     for row in rows:
         budget = SPILL_BUDGET[capability] if row["head_dim"] == 64 else max(512, SPILL_BUDGET[capability])

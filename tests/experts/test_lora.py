@@ -118,3 +118,30 @@ def test_trained_weights_beside_adapters_are_refused():
     lora = ExpertsLoRA(torch.ones(5, 4, 40), torch.ones(5, 24, 4), 1.0)
     with pytest.raises(ValueError, match="gate_up_proj: expected frozen parameters"):
         fused_experts(*leading, indices, weights, down_lora=lora)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_many_tokens_pass_in_parts(monkeypatch, adapted):
+    from gptoss_kernels.experts import api, routing
+
+    case = ExpertsCase(tokens=11, hidden=32, intermediate=64, experts=3, routing="sentinel")
+    inputs, indices, factors = draw(case, 8)
+    which, grad = (adapted, adapted), gradient_of(case)
+    whole = run(inputs, indices, factors, grad, which=which)
+    sizes = []
+    product = routing.grouped_product
+    for name in ("lora", "autograd"):
+        monkeypatch.setattr(
+            f"gptoss_kernels.experts.{name}.grouped_product",
+            lambda rows, *rest: sizes.append(len(rows)) or product(rows, *rest),
+        )
+    monkeypatch.setattr(api, "CHUNK", 4)
+    parts = run(inputs, indices, factors, grad, which=which)
+    assert set(sizes) == {4 * case.top_k, 3 * case.top_k}
+    for name, got, want in zip(NAMES, parts, whole, strict=True):
+        assert not want.any() or relative_error(got, want) <= 1e-6, name
+
+    sizes.clear()  # gradients of trained weights are as large as the weights: one pass, one gradient
+    x, w1, *rest, weights = inputs
+    fused_experts(x, w1.clone().requires_grad_(), *rest, indices, weights).sum().backward()
+    assert set(sizes) == {11 * case.top_k}
