@@ -26,7 +26,7 @@ def notebook():
 
 def adapted(model, notebook):
     """PEFT's adapters with random values, and the notebook's with the same values"""
-    own = notebook.attach(model, r=4, alpha=8)
+    own = notebook.attach(model.requires_grad_(False), r=4, alpha=8)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS["attention"], init_lora_weights=False)
     theirs = peft.get_peft_model(model, config)
     for layer, other in zip(own.model.layers, theirs.base_model.model.model.layers, strict=True):
