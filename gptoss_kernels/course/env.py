@@ -13,7 +13,7 @@ from ..lane import interpreter_problem, interpreting, triton_available, triton_m
 LANES = {
     "gpu": "Triton kernels, compiled for this GPU",
     "interpreter": "Triton kernels in Triton's interpreter on the CPU: the same numbers, slowly, so sizes are small",
-    "reference": "plain PyTorch on the CPU, since Triton is not installed",
+    "reference": "plain PyTorch on the CPU",
 }
 
 
@@ -36,21 +36,27 @@ class Environment:
         return gpu if self.lane == "gpu" else cpu
 
 
-def setup(seed: int = 0, *, triton: bool = False) -> Environment:
+def setup(seed: int = 0, *, triton: bool = False, interpret: bool = True) -> Environment:
     """Prints versions, device and lane, seeds Python and torch, and returns the `Environment`.
 
-    Without a GPU that the kernels run on (compute capability 7.5 or newer) it sets TRITON_INTERPRET=1, which counts
-    only if Triton has not been loaded yet: call it before other imports.
+    Without a GPU that the kernels run on (compute capability 7.5 or newer) it sets TRITON_INTERPRET to 1, or to 0 where
+    nothing is to be interpreted, which counts only if Triton has not been loaded yet: call it before other imports.
 
     Args:
         seed: of Python's and torch's random numbers.
         triton: whether the notebook itself writes Triton kernels, so that PyTorch alone will not do.
+        interpret: whether kernels run in Triton's interpreter without a GPU; False: PyTorch takes their place, for
+            notebooks that train a model.
 
     Raises:
         ImportError: `triton`, and Triton is not installed.
         RuntimeError: Triton was loaded before in the other mode, or this Triton's interpreter and numpy do not fit.
     """
     lane = _choose_lane()
+    reason = "" if triton_available() else ", since Triton is not installed"
+    if lane == "interpreter" and not interpret:
+        lane, reason = "reference", ": the same numbers, and faster than Triton's interpreter"
+        os.environ["TRITON_INTERPRET"] = "0"
     if triton and lane == "reference":
         raise ImportError(
             "setup: this notebook writes Triton kernels, and Triton is not installed; it has packages for Linux (on "
@@ -76,7 +82,7 @@ def setup(seed: int = 0, *, triton: bool = False) -> Environment:
     memory = "" if environment.memory_gib is None else f", {environment.memory_gib:.0f} GiB"
     print(" · ".join(versions))
     print(f"device  {environment.name}{memory}")
-    print(f"lane    {LANES[lane]}")
+    print(f"lane    {LANES[lane]}{reason}")
     print(f"dtype   {environment.dtype}, seed {seed}")
     if environment.dtype == torch.float16:
         print("note    this GPU has no bfloat16 units: float16 takes its place, and gpt-oss-20b does not run here")

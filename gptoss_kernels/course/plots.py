@@ -1,6 +1,6 @@
 """Matplotlib as the course uses it: colour-blind-safe, and readable in Jupyter's light and dark themes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import torch
@@ -248,6 +248,9 @@ def tile_owner(ax: Axes, tiles: int, *, column: int | None = None, row: int | No
     return walk
 
 
+HATCHES = ("", "//", "\\\\", "..", "xx", "--", "", "oo")  # so that no part is told by its colour alone
+
+
 def stacked_bars(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -> None:
     """Draws a horizontal bar for each thing, cut into the same parts, told apart by colour and hatch.
 
@@ -256,12 +259,12 @@ def stacked_bars(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -
         bars: label of a bar, the topmost first -> part -> its length.
         unit: what the lengths are, the axis's label.
     """
-    colours, hatches = (*OKABE_ITO[:7], "#BBBBBB"), ("", "//", "\\\\", "..", "xx", "--", "", "oo")
+    colours = (*OKABE_ITO[:7], "#BBBBBB")
     for place, parts in enumerate(bars.values()):
         left = 0.0
         for index, (part, length) in enumerate(parts.items()):
             ax.barh(
-                place, length, left=left, color=colours[index % 8], hatch=hatches[index % 8], edgecolor="#444444",
+                place, length, left=left, color=colours[index % 8], hatch=HATCHES[index % 8], edgecolor="#444444",
                 linewidth=0.5, label=None if place else part,
             )  # fmt: skip
             left += length
@@ -301,5 +304,22 @@ def stacked_areas(ax: Axes, x: list[float], parts: Mapping[str, list[float]]) ->
     """
     colours = OKABE_ITO[: len(parts)]
     areas = ax.stackplot(x, *parts.values(), labels=parts, colors=colours, alpha=0.85, edgecolor="#444444")
-    for area, hatch in zip(areas, ("", "//", "..", "\\\\", "xx", "--", "oo"), strict=False):
+    for area, hatch in zip(areas, HATCHES, strict=False):
         area.set_hatch(hatch)
+
+
+def grouped_bars(ax: Axes, names: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
+    """Draws standing bars side by side: for each name one of each group.
+
+    Args:
+        ax: where to draw.
+        names: along the x axis.
+        groups: label -> a height for each name.
+    """
+    width = 0.8 / len(groups)
+    for i, (label, heights) in enumerate(groups.items()):
+        at = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(names))]
+        look = dict(color=OKABE_ITO[i % 7], hatch=HATCHES[i % 8], edgecolor="white")
+        ax.bar(at, heights, width=0.95 * width, label=label, **look)
+    ax.set_xticks(range(len(names)), names, fontsize=8)
+    ax.grid(visible=False, axis="x")

@@ -47,8 +47,7 @@ def measured(name: str, here: Environment, measure: Callable[[], list[dict[str, 
                 f"{name}: there is no GPU here to measure on and no record benchmarks/results/course/{path.name}; "
                 "is the package installed from a clone of the repository (pip install -e)?"
             )
-        with path.open(newline="") as file:
-            rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        rows = read(path)
     if record:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -62,6 +61,12 @@ def measured(name: str, here: Environment, measure: Callable[[], list[dict[str, 
     return rows
 
 
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """Rows of a file of benchmarks/results, numbers as numbers, empty cells as None."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
 def results(name: str, **wanted: Any) -> list[dict[str, Any]]:
     """Rows that the repository's benchmarks recorded, in benchmarks/results/<name>.csv, oldest first.
 
@@ -73,9 +78,9 @@ def results(name: str, **wanted: Any) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file in this checkout.
         ValueError: no row has what is wanted.
     """
-    with (RESULTS.parent / f"{name}.csv").open(newline="") as file:
-        rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
-    rows = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    rows = [
+        row for row in read(RESULTS.parent / f"{name}.csv") if all(row[key] == value for key, value in wanted.items())
+    ]
     if not rows:
         raise ValueError(f"wanted: expected what some row of {name}.csv has, got {wanted}")
     return rows

@@ -20,7 +20,7 @@ def source(thing, start: str | None = None, end: str | None = None) -> None:
     Raises:
         ValueError: no line contains `start`, or none after it `end`.
     """
-    thing = getattr(thing, "fn", thing)  # what @triton.jit wraps
+    thing = inspect.unwrap(getattr(thing, "fn", thing))  # what @triton.jit and other decorators wrap
     lines, first = inspect.getsourcelines(thing)
     begin = _find(lines, start, 0, "start", thing) if start else 0
     stop = _find(lines, end, begin, "end", thing) if end else len(lines) - 1

@@ -85,3 +85,12 @@ def test_interpreter_and_numpy(triton, numpy, broken):
     assert (problem is not None) == broken
     if broken:
         assert "numpy < 2.4" in problem and numpy in problem and "pip install" in problem
+
+
+def test_without_interpreting_it_takes_pytorch(tmp_path):
+    pytest.importorskip("triton")
+    setup = SETUP.replace("setup()", "setup(interpret=False)")
+    uses = "from gptoss_kernels.backends import default_backend; assert default_backend(torch.zeros(1)) == 'reference'"
+    done = python(tmp_path, setup, "assert found.lane == 'reference'", uses, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert "plain PyTorch on the CPU" in done.stdout and "not installed" not in done.stdout

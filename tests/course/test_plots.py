@@ -97,3 +97,13 @@ def test_heat_map_shows_its_numbers():
     plots.heat_map(ax, torch.tensor([[0.1, 0.9]]), ".0%", limit=1.0)
     assert [(text.get_text(), text.get_color()) for text in ax.texts] == [("10%", "white"), ("90%", "black")]
     plt.close()
+
+
+def test_grouped_bars_stand_side_by_side():
+    _, ax = plt.subplots()
+    plots.grouped_bars(ax, ["a", "b"], {"before": (1, 2), "after": (3, 4)})
+    (a, b), (c, d) = ax.containers
+    assert [bar.get_height() for bar in (a, b, c, d)] == [1, 2, 3, 4]
+    assert a.get_x() + a.get_width() <= c.get_x() + 1e-9 < c.get_x() + c.get_width() <= b.get_x() + 1e-9
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
+    plt.close("all")
