@@ -1,5 +1,7 @@
 """One AdamW step of one tensor."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..backends import default_backend
@@ -12,14 +14,14 @@ __all__ = ["adamw_step", "decode_moment", "new_state"]
 STATE = ("exp_avg", "exp_avg_exponent", "exp_avg_sq", "exp_avg_sq_exponent")
 
 
-def new_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Moments of zero: uint8 codes (numel,) and an exponent for every 256 of them, 2.008 bytes an element in all."""
+def new_state(parameter: torch.Tensor, codes: Callable[[int], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Moments of zero: uint8 codes (numel,) and an exponent for every 256 of them, 2.008 bytes an element in all.
+
+    codes: makes uint8 zeros of so many elements; default: on the parameter's device, where the exponents are.
+    """
     count = parameter.numel()
-    sizes = (count, -(-count // BLOCK)) * 2
-    return {
-        name: torch.zeros(size, dtype=torch.uint8, device=parameter.device)
-        for name, size in zip(STATE, sizes, strict=True)
-    }
+    zeros = lambda size: torch.zeros(size, dtype=torch.uint8, device=parameter.device)  # noqa: E731
+    return {name: zeros(-(-count // BLOCK)) if "exponent" in name else (codes or zeros)(count) for name in STATE}
 
 
 def decode_moment(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -12,12 +12,17 @@ from torch.optim.adamw import adamw
 
 from ..adamw.api import adamw_step, new_state
 from .errors import SetupError
+from .host_moments import MOMENTS, HostMoments
 
 # Values of `optim` beside those of Transformers.
 KEPT, IN_BACKWARD = "adamw_8bit_sr", "adamw_8bit_sr_in_backward"
 NAMES = (KEPT, IN_BACKWARD)
 _TRUTH = {"true": True, "false": False}
-_ARGUMENTS = {"min_size": int, "stochastic_rounding": lambda text: _TRUTH[text.strip().lower()]}
+_ARGUMENTS = {
+    "min_size": int,
+    "stochastic_rounding": lambda text: _TRUTH[text.strip().lower()],
+    "on_host": float,
+}
 
 
 def parse_arguments(optim_args: str | None) -> dict:
@@ -33,7 +38,8 @@ def parse_arguments(optim_args: str | None) -> dict:
             found[name.strip()] = _ARGUMENTS[name.strip()](text)
         except (KeyError, ValueError):
             raise SetupError(
-                f"optim_args: expected min_size=ELEMENTS and stochastic_rounding=true or false, got {part!r}"
+                f"optim_args: expected min_size=ELEMENTS, stochastic_rounding=true or false, or on_host=SHARE, "
+                f"got {part!r}"
             ) from None
     return found
 
@@ -66,12 +72,13 @@ def build(training, named_parameters: Iterable[tuple[str, torch.Tensor]], decaye
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, 8-bit moments and stochastic rounding of bf16 weights.
 
-    Tensors of fewer than `min_size` elements (norms, biases, sinks, the router: 0.04% of gpt-oss-20b) are trained as in
-    fp32: their moments, and for bf16 ones a copy of the weights, are fp32. A larger tensor costs 2.008 bytes an element
-    beside its weights. With in_backward its step is taken as soon as its gradient is there, which is then freed, so
-    that gradients never exist together. Global-norm clipping would have to know all of them first: it needs
-    in_backward=False, and gradients kept until `step`. Gradient accumulation works with both, and keeps gradients
-    (as large as the weights) from one micro-batch to the next: set `accumulating` before all but the last.
+    Tensors of fewer than `min_size` elements (norms, biases, sinks, the router: 0.04% of gpt-oss-20b) are trained
+    as in fp32: their moments, and for bf16 ones a copy of the weights, are fp32. A larger tensor costs 2.008 bytes
+    an element beside its weights, 0.008 if its moments are on the host. With in_backward its step is taken as soon
+    as its gradient is there, which is then freed, so that gradients never exist together. Global-norm clipping
+    would have to know all of them first: it needs in_backward=False, and gradients kept until `step`. Gradient
+    accumulation works with both, and keeps gradients (as large as the weights) from one micro-batch to the next:
+    set `accumulating` before all but the last.
 
     Args:
         params: parameters or groups of them, contiguous or made so; fp32 or bf16, on one process's device.
@@ -80,6 +87,8 @@ class AdamW8bit(torch.optim.Optimizer):
         in_backward: steps from hooks in the backward pass; small tensors still wait for `step`.
         min_size: elements from which on a tensor's moments have 8 bits.
         stochastic_rounding: of bf16 weights; False rounds to nearest, as others do, to see what it costs.
+        on_host: share of the large tensors' moments, 0 to 1, that waits in the host's pinned memory between steps and
+            is copied to the device and back beside the backward pass's own work (needs in_backward): the same numbers.
         backend: of `adamw_step`.
 
     Bitwise reproducible where gradients are, and after a restart from `state_dict`, which holds tensors and numbers
@@ -87,6 +96,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Raises:
         TypeError: a parameter is neither fp32 nor bf16, or spread over processes (a DTensor).
+        ValueError: on_host is not a share, or asked for without in_backward.
     """
 
     def __init__(
@@ -101,8 +111,11 @@ class AdamW8bit(torch.optim.Optimizer):
         in_backward: bool = False,
         min_size: int = 2**20,
         stochastic_rounding: bool = True,
+        on_host: float = 0.0,
         backend: str = "auto",
     ):
+        if not 0 <= on_host <= 1 or (on_host and not in_backward):
+            raise ValueError(f"on_host: expected a share from 0 to 1, above 0 with in_backward only, got {on_host}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         self.seed, self.in_backward, self.min_size = seed, in_backward, min_size
         self.stochastic_rounding, self.backend = stochastic_rounding, backend
@@ -121,6 +134,17 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._places[p] = number_of_group, len(self._places)
                 if in_backward and self._large(p):
                     self._handles.append(p.register_post_accumulate_grad_hook(self._hook))
+
+        self._host: HostMoments | None = None
+        self._on_host: set[torch.Tensor] = set()
+        large, seen, moved = [p for p in self._places if self._large(p)], 0, 0
+        for p in large:  # spread evenly, so that copies have work to hide behind
+            seen += p.numel()
+            if on_host and moved + p.numel() <= on_host * seen:
+                self._on_host.add(p)
+                moved += p.numel()
+        if self._on_host:
+            self._host = HostMoments(large[0].device, max(p.numel() for p in self._on_host))
 
     def remove_hooks(self) -> None:
         """Lets go of the parameters: backward passes no longer take this optimizer's steps."""
@@ -146,8 +170,16 @@ class AdamW8bit(torch.optim.Optimizer):
         group, state = self.param_groups[place], self.state[p]
         if not state:
             state["step"] = 0
-            state.update(new_state(p))
+            state.update(new_state(p, self._host.zeros if p in self._on_host else None))
         state["step"] += 1
+        if p in self._on_host:
+            with self._host.on_device(number, state) as here:
+                self._step_large(p, number, here, group)
+        else:
+            self._step_large(p, number, state, group)
+        p.grad = None
+
+    def _step_large(self, p: torch.Tensor, number: int, state: dict, group: dict) -> None:
         self._squares[number] = adamw_step(
             p,
             p.grad,
@@ -162,7 +194,6 @@ class AdamW8bit(torch.optim.Optimizer):
             stochastic_rounding=self.stochastic_rounding,
             backend=self.backend,
         )
-        p.grad = None
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
@@ -220,6 +251,12 @@ class AdamW8bit(torch.optim.Optimizer):
         if rounded:
             torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
 
+    def state_dict(self) -> dict:
+        """As in torch.optim; waits for moments that are on their way to the host."""
+        if self._host is not None:
+            self._host.wait()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes over what `state_dict` returned; torch's own would turn codes and fp32 copies into bf16.
 
@@ -241,12 +278,16 @@ class AdamW8bit(torch.optim.Optimizer):
                         f"state_dict: expected moments for {p.numel()} elements with min_size {self.min_size}, got "
                         f"{entry['exp_avg'].numel()} of {entry['exp_avg'].dtype} for parameter {number}"
                     )
-                loaded[p] = {
-                    name: value.to(p.device) if isinstance(value, torch.Tensor) else value
-                    for name, value in entry.items()
-                }
+                loaded[p] = {name: self._placed(p, name, value) for name, value in entry.items()}
         self.state.clear()
         self.state.update(loaded)
         for own, group in zip(self.param_groups, groups, strict=True):
             own.update({name: value for name, value in group.items() if name != "params"})
             own["betas"] = tuple(own["betas"])
+
+    def _placed(self, p: torch.Tensor, name: str, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        if p in self._on_host and name in MOMENTS:
+            return self._host.zeros(value.numel()).copy_(value)
+        return value.to(p.device)

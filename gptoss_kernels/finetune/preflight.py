@@ -104,7 +104,9 @@ def check_settings(arguments: Arguments) -> None:
 def check_own_optimizer(arguments: Arguments) -> None:
     """Raises SetupError for settings with which this package's optimizer cannot work."""
     training, name = arguments.training, arguments.training.optim
-    parse_arguments(training.optim_args)
+    share = parse_arguments(training.optim_args).get("on_host", 0.0)
+    if not 0 <= share <= 1 or (share and name != IN_BACKWARD):
+        raise SetupError(f"optim_args: on_host is a share from 0 to 1, above 0 with optim {IN_BACKWARD}, got {share}")
     if training.fp16 or arguments.model.dtype == "float16":
         raise SetupError(f"optim: {name} trains bf16 or fp32 weights without loss scaling; got fp16")
     if asked_for(training) is not None:
@@ -200,12 +202,18 @@ def offloads_optimizer(training: TrainingArguments) -> bool:
     return plugin is not None and plugin.offload_optimizer_device == "cpu"
 
 
-def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
+def moments_on_host(training: TrainingArguments) -> float:
+    """Share of this package's optimizer's moments that waits in the host's memory."""
+    return parse_arguments(training.optim_args).get("on_host", 0.0) if training.optim in NAMES else 0.0
+
+
+def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> float:
     """Bytes that the optimizer keeps on the GPU per trained parameter, at the least."""
     name = str(getattr(training.optim, "value", training.optim))
     if offloads_optimizer(training):
         return 0
-    return memory.state_bytes(name, dtype.itemsize, sharded=training.deepspeed_plugin is not None)
+    states = memory.state_bytes(name, dtype.itemsize, sharded=training.deepspeed_plugin is not None)
+    return states * (1 - moments_on_host(training))
 
 
 def gradient_bytes(training: TrainingArguments, dtype: torch.dtype) -> int:
@@ -220,16 +228,17 @@ def host_bytes(training: TrainingArguments, trainable: int) -> int:
     """Bytes that a run needs in the memory of all hosts together, the loading of the model not counted.
 
     DeepSpeed's offloaded optimizer (0.19, zero/stage3.py) keeps fp32 weights, both moments and fp32 gradients there,
-    and the 16-bit gradients that it makes those of: 18 bytes a trained parameter.
+    and the 16-bit gradients that it makes those of: 18 bytes a trained parameter. This package's optimizer keeps the
+    8-bit codes of both moments there, of the share that it is told.
     """
-    return 18 * trainable if offloads_optimizer(training) else 0
+    return 18 * trainable if offloads_optimizer(training) else int(2 * moments_on_host(training) * trainable)
 
 
 def memory_floor(
     parameters: int,
     trainable: int,
     parameter_bytes: int,
-    state_bytes: int,
+    state_bytes: float,
     processes: int = 1,
     gradient_bytes: int | None = None,
 ) -> int:
@@ -245,15 +254,16 @@ def memory_floor(
     """
     gradient_bytes = parameter_bytes if gradient_bytes is None else gradient_bytes
     total = parameters * parameter_bytes + trainable * (gradient_bytes + state_bytes)
-    return -(-total // processes)
+    return int(-(-total // processes))
 
 
 def check_host_memory(needed: int, total: int) -> None:
     """Raises SetupError where `needed` bytes are more than a host's `total` ones."""
     if needed > total:
         raise SetupError(
-            f"offload_optimizer_device: this host needs at least {needed / 2**30:,.0f} GiB for gradients and optimizer "
-            f"states, and has {total / 2**30:,.0f} GiB; take more hosts, or adapters (use_peft; base_weights mxfp4)"
+            f"offload_optimizer_device, optim_args: this host needs {needed / 2**30:,.0f} GiB at least for gradients "
+            f"and optimizer states, and has {total / 2**30:,.0f} GiB; take more hosts, or adapters (use_peft; "
+            "base_weights mxfp4)"
         )
 
 

@@ -79,3 +79,24 @@ def test_gradients_are_never_together():
             optimizer.zero_grad()
     print(f"\nextra memory of the backward pass, in gradients of a layer: {peaks}")
     assert peaks[True] < 2.5 and peaks[False] > 7
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_moments_on_the_host_give_the_same_steps(share):
+    """Ten layers, so that each of the three buffers is used again while copies are under way."""
+    results, peaks = {}, {}
+    for on_host in (0.0, share):
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(10)))
+        layers = layers.to("cuda", torch.bfloat16)
+        optimizer = AdamW8bit(layers.parameters(), lr=1e-3, in_backward=True, on_host=on_host)
+        for step in range(6):
+            x = torch.randn(64, 4096, device="cuda", generator=torch.Generator("cuda").manual_seed(step)).bfloat16()
+            layers(x).float().square().mean().backward()
+            optimizer.step()
+        state = optimizer.state_dict()["state"]
+        moments = [entry[name].cuda() for entry in state.values() for name in ("exp_avg", "exp_avg_sq")]
+        results[on_host] = [*layers.parameters(), *moments]
+        peaks[on_host] = sum(entry["exp_avg"].is_cuda for entry in state.values())
+    assert all(torch.equal(a, b) for a, b in zip(results[0.0], results[share], strict=True))
+    assert peaks == {0.0: 10, share: 10 - 10 * share}

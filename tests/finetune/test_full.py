@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from gptoss_kernels.finetune import saving, train
 from gptoss_kernels.finetune.config import parse
 from gptoss_kernels.finetune.errors import SetupError
-from gptoss_kernels.finetune.preflight import check_settings, gradient_bytes, memory_floor, optimizer_state_bytes
+from gptoss_kernels.finetune.preflight import check_settings, gradient_bytes, host_bytes, memory_floor, optimizer_state_bytes
 
 try:
     import resource
@@ -98,7 +98,9 @@ def test_an_interrupted_run_resumes_bitwise(settings, tmp_path, dtype):
         ({"max_grad_norm": 1.0}, "max_grad_norm: adamw_8bit_sr_in_backward cannot clip by the norm of all gradients"),
         ({"fp16": "true"}, "optim: adamw_8bit_sr_in_backward trains bf16 or fp32 weights"),
         ({"dtype": "float16"}, "optim: adamw_8bit_sr_in_backward trains bf16 or fp32 weights"),
-        ({"optim_args": "block=3"}, "optim_args: expected min_size=ELEMENTS and stochastic_rounding=true or false"),
+        ({"optim_args": "block=3"}, "optim_args: expected min_size=ELEMENTS, stochastic_rounding=true or false, or on"),
+        ({"optim_args": "on_host=2"}, "optim_args: on_host is a share from 0 to 1, .* got 2.0"),
+        ({"optim_args": "on_host=1", "optim": "adamw_8bit_sr"}, "above 0 with optim adamw_8bit_sr_in_backward, got 1"),
         ({"optim_args": "min_size=few"}, "optim_args: .* got 'min_size=few'"),
     ],
 )
@@ -131,11 +133,13 @@ def test_what_it_needs_is_counted(settings):
         "early": IN_BACKWARD,
         "accumulated": IN_BACKWARD | {"gradient_accumulation_steps": 2},
         "kept": IN_BACKWARD | {"optim": "adamw_8bit_sr"},
+        "on the host": IN_BACKWARD | {"optim_args": "on_host=0.5"},
     }.items():
         training = settings(**keys).training
         states, gradients = (f(training, torch.bfloat16) for f in (optimizer_state_bytes, gradient_bytes))
         sizes[name] = memory_floor(count, count, 2, states, gradient_bytes=gradients) / count
-    assert sizes == {"early": 4, "accumulated": 6, "kept": 6}
+    assert sizes == {"early": 4, "accumulated": 6, "kept": 6, "on the host": 3}
+    assert host_bytes(training, count) == count
 
 
 def test_the_single_gpus_file_takes_effect():

@@ -167,3 +167,25 @@ def test_weights_are_made_contiguous():
     (p * before.sign()).sum().backward()
     optimizer.step()
     torch.testing.assert_close(p.detach(), before - 0.1 * before.sign())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_moments_on_the_host_give_the_same_steps(share):
+    (a, kept), (b, early) = (
+        make(torch.bfloat16, in_backward=True),
+        make(torch.bfloat16, in_backward=True, on_host=share),
+    )
+    large = [p for p in b.parameters() if p.numel() >= 1000]
+    assert len(early._on_host) == (len(large) if share == 1 else 1)
+    assert steps(a, kept, range(5)) == steps(b, early, range(5)) and same(a, b)
+
+    c, resumed = make(torch.bfloat16, in_backward=True, on_host=share)
+    c.load_state_dict(b.state_dict())
+    resumed.load_state_dict(copy.deepcopy(early.state_dict()))
+    assert steps(a, kept, range(5, 8)) == steps(c, resumed, range(5, 8)) and same(a, c)
+
+
+def test_a_share_on_the_host_needs_the_backward_pass():
+    for options in (dict(on_host=0.5), dict(on_host=1.5, in_backward=True)):
+        with pytest.raises(ValueError, match="on_host: expected a share from 0 to 1, above 0 with in_backward only"):
+            make(**options)
