@@ -261,7 +261,7 @@ def check_host_memory(needed: int, total: int) -> None:
     """Raises SetupError where `needed` bytes are more than a host's `total` ones."""
     if needed > total:
         raise SetupError(
-            f"offload_optimizer_device, optim_args: this host needs {needed / 2**30:,.0f} GiB at least for gradients "
+            f"offload_optimizer_device, optim_args: this host needs at least {needed / 2**30:,.0f} GiB for gradients "
             f"and optimizer states, and has {total / 2**30:,.0f} GiB; take more hosts, or adapters (use_peft; "
             "base_weights mxfp4)"
         )

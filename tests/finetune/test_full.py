@@ -15,7 +15,13 @@ from transformers import TrainerCallback
 from gptoss_kernels.finetune import saving, train
 from gptoss_kernels.finetune.config import parse
 from gptoss_kernels.finetune.errors import SetupError
-from gptoss_kernels.finetune.preflight import check_settings, gradient_bytes, host_bytes, memory_floor, optimizer_state_bytes
+from gptoss_kernels.finetune.preflight import (
+    check_settings,
+    gradient_bytes,
+    host_bytes,
+    memory_floor,
+    optimizer_state_bytes,
+)
 
 try:
     import resource
