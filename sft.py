@@ -24,7 +24,7 @@ Keys that are asked for most
   --overwrite true                 start anew in an output_dir that holds an earlier run
   --router_aux_loss_coef X         load-balancing loss of the router, off by default
   --report_to none                 no experiment tracker
-  --verify true                    check the combination first: python -m gptoss_kernels.verify --help
+  --verify true                    check the combination first, as python -m gptoss_kernels.verify does
 
   python -m gptoss_kernels.finetune.data show --config FILE    what of the data is trained, token by token
 

@@ -99,7 +99,7 @@ def _backward(dy, x, weight, rstd, need_weight):
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     rows = x.numel() // hidden
-    rows_each = PARTIAL_ROWS if need_weight else 1
+    rows_each = min(PARTIAL_ROWS, triton.next_power_of_2(max(rows, 1))) if need_weight else 1
     programs = triton.cdiv(rows, rows_each)
     partial = x.new_empty((programs if need_weight else 0, hidden), dtype=torch.float32)
     constants = dict(HIDDEN=hidden, BLOCK_H=triton.next_power_of_2(hidden), ROWS=rows_each, NEED_WEIGHT=need_weight)
