@@ -85,6 +85,7 @@ def round_stochastically(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 
 
 def check_round_stochastically(function: Callable) -> None:
+    outcomes = []  # value, share of results away from zero, share that keeps the value
     every = torch.arange(65536, dtype=torch.int32)[torch.randperm(65536, generator=torch.Generator().manual_seed(0))]
     for value in (1.0, 1.001, -0.73, 3.9999, -1e-5, 0.0):
         number = torch.tensor(value)
@@ -108,26 +109,25 @@ def check_round_stochastically(function: Callable) -> None:
             raise Mistake(f"{value} lies between {low:.6g} and {high:.6g}, and must become one of the two")
         if exact:
             continue
-        share, right = (found == high).double().mean().item(), (number.item() - low) / (high - low)
-        if abs(share - right) <= 2 / 65536:
-            continue
-        known = {
-            "that cuts off: always toward zero": 0.0,
-            "that is always away from zero": 1.0,
-            "up or down by even chances: it should depend on how near the two are": 0.5,
-            "the chances are exchanged: the nearer neighbour is the likelier one": 1 - right,
-        }
-        if share in (0.0, 1.0) and share == round(right):
-            raise Mistake("that rounds to nearest: the random numbers change nothing")
-        for message, wrong in known.items():
-            if abs(share - wrong) <= 2 / 65536:
-                raise Mistake(message)
-        if abs(share - (1.0 if right > 0.5 else 2 * right)) < 0.02 or abs(share - max(0, min(1, right + 0.5))) < 0.02:
-            raise Mistake(
-                f"{value} goes up in {share:.0%} of all cases, {right:.0%} is right: is it rounded a second time? Cut "
-                "the low 16 bits off before the conversion to bf16"
-            )
-        raise Mistake(f"{value} goes away from zero in {share:.1%} of all cases; on average it stays with {right:.1%}")
+        outcomes.append((value, (found == high).double().mean().item(), (number.item() - low) / (high - low)))
+    wrong = [outcome for outcome in outcomes if abs(outcome[1] - outcome[2]) > 2 / 65536]
+    if not wrong:
+        return
+    known = {
+        "that rounds to nearest: the random numbers change nothing": lambda right: round(right),
+        "that cuts off: always toward zero": lambda right: 0,
+        "that is always away from zero": lambda right: 1,
+        "up or down by even chances: it should depend on how near the two are": lambda right: 0.5,
+        "the chances are exchanged: the nearer neighbour is the likelier one": lambda right: 1 - right,
+    }
+    for message, mistake in known.items():
+        if all(abs(share - mistake(right)) <= 2 / 65536 for _, share, right in outcomes):
+            raise Mistake(message)
+    value, share, right = wrong[0]
+    raise Mistake(
+        f"{value} goes away from zero in {share:.1%} of all cases; on average it stays with {right:.1%}. Are the low "
+        "16 bits cut off before the conversion to bf16, which rounds, too?"
+    )
 
 
 # --------------------------------------------------------------------------------------------- step_in_backward
@@ -160,6 +160,11 @@ def check_step_in_backward(function: Callable) -> None:
         place = next((i for i, w in enumerate(weights) if w is p), None)
         if place is None:
             raise Mistake("step was called with something that is none of the parameters: call step(p)")
+        if p.grad is None and any(place == earlier for earlier, _, _ in steps):
+            raise Mistake(
+                "a parameter was stepped again when its gradient was gone: a lambda in a loop sees the loop's last "
+                "value; the hook gets its own parameter as its argument"
+            )
         if p.grad is None:
             raise Mistake(
                 "step was called when p.grad was not there (yet): take register_post_accumulate_grad_hook, and free "
