@@ -71,6 +71,7 @@ def in_place(x, size):
         (lambda x, n: (chapter_11.quantize_blocks(x, n)[0].float(), chapter_11.quantize_blocks(x, n)[1]), "torch.int8"),
         (lambda x, n: chapter_11.quantize_blocks(x, n)[0], "expected two tensors"),
         (lambda x, n: chapter_11.quantize_blocks(x, n // 2), "expected one a block"),
+        (lambda x, n: quantized(x, n, blocks_of(x, n).abs().amax(1, keepdim=True) / 127), r"the shape \(6,\)"),
         (in_place, "has changed"),
     ],
 )

@@ -46,7 +46,9 @@ def _check_quantized(function: Callable, x: torch.Tensor, size: int) -> None:
         raise Mistake("there is a scale for each place in a block: take the maximum over a block, not over blocks")
     if scales.numel() != len(x):
         raise Mistake(f"scales: expected one a block, {len(x)}, got {scales.numel()}")
-    scales = scales.flatten().float()
+    if scales.shape != (len(x),):
+        raise Mistake(f"scales: expected the shape ({len(x)},), got {tuple(scales.shape)}")
+    scales = scales.float()
     largest = x.abs().amax(1)
     if not scales.isfinite().all():
         raise Mistake("a scale is not a finite number")
