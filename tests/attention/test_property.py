@@ -10,7 +10,7 @@ from gptoss_kernels.fuzz import GPU_SHAPES, INTERPRETER_SHAPES, AttentionCall, c
 from gptoss_kernels.testing import AttentionCase
 
 GPU = torch.cuda.is_available()
-DEVICE, SHAPES, LONGEST = ("cuda", GPU_SHAPES, 200) if GPU else ("cpu", INTERPRETER_SHAPES, 34)
+DEVICE, SHAPES, LONGEST = ("cuda", GPU_SHAPES, 200) if GPU else ("cpu", INTERPRETER_SHAPES, 26)
 PARTS, CALLS = 5, 40
 
 
