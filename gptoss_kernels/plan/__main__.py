@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..provenance import commit
-from .memory import CONTEXT, GIB, RECOMPUTATION, TARGETS, Memory, Settings, host_bytes, predict
+from .memory import CONTEXT, GIB, RECOMPUTATION, TARGETS, Memory, Settings, offloaded_bytes, predict
 from .speed import BY_MEMORY, EFFICIENCY, GPUS, NO_ROW, Speed, step_time
 
 PROGRAM = "python -m gptoss_kernels.plan"
@@ -235,7 +235,7 @@ def report(options, config, settings: Settings, memory: Memory, speed: Speed) ->
         "fits": fits,
         "moment": memory.moment,
         "kept": dict(zip(("attention", "experts", "whole"), memory.kept, strict=True)),
-        "host": host_bytes(config, settings),
+        "host": offloaded_bytes(config, settings),
         "longest_context": longest_context(config, settings),
         "switches": [
             {"options": name, "needed": changed.needed, "fits": changed.fits(trial)}

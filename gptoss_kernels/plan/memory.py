@@ -301,7 +301,7 @@ def predict(config, settings: Settings) -> Memory:
     return memory
 
 
-def host_bytes(config, settings: Settings) -> int:
+def offloaded_bytes(config, settings: Settings) -> int:
     """Pinned memory of the host, for the layers' inputs of one GPU."""
     return settings.offload * config.num_hidden_layers * settings.tokens * config.hidden_size * settings.itemsize
 
