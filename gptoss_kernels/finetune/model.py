@@ -5,8 +5,11 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from torch.distributed.tensor import distribute_tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +24,7 @@ from gptoss_kernels import patch_gpt_oss  # the package registers attn_implement
 from ..integrations.mxfp4 import pack_experts, packed_parameters
 from ..mxfp4.read import INDEX, read_tensors, weight_files
 from ..mxfp4.reference import MAGNITUDES
+from ..plan.memory import Shapes
 from .engine import numel
 from .errors import SetupError
 
@@ -81,13 +85,7 @@ def build_random(
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                std = 1.0 if name.endswith("sinks") else config.initializer_range
-                parameter.normal_(0, std, generator=generator)
+            _draw(name, parameter, config.initializer_range, generator)
         # Of numbers 2 ** low and 2 ** (low + 1) times those of the codes, the mean square is to be that of the range.
         square = sum(x * x for x in MAGNITUDES) / len(MAGNITUDES)
         wanted = config.initializer_range**2 / square
@@ -98,6 +96,74 @@ def build_random(
                 buffer.random_(0, 256, generator=generator)
             elif name.endswith("_scales"):
                 buffer.bernoulli_(share, generator=generator).add_(127 + low)
+    return model.eval()
+
+
+def _draw(name: str, x: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("norm.weight"):
+        return x.fill_(1)
+    if name.endswith("bias"):
+        return x.zero_()
+    return x.normal_(0, 1.0 if name.endswith("sinks") else std, generator=generator)
+
+
+def build_without_weights(
+    config: PreTrainedConfig, device: torch.device | str, dtype: torch.dtype, **kwargs
+) -> PreTrainedModel:
+    """As `build_random`, with parameters on "meta" for `fill_fsdp2` to make and buffers on the device."""
+    model = _without_weights(config, dtype, False, kwargs)
+    _compute_buffers(model, device)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_fsdp2(model: PreTrainedModel, accelerator: Accelerator, seed: int) -> None:
+    """Shards a model of `build_without_weights` as Accelerate's FSDP2 would, and gives it `build_random`'s weights.
+
+    Each process draws each tensor whole, keeps its own part and sends nothing: a GPU holds its parts and one tensor.
+
+    Raises:
+        SetupError: it is not FSDP2, or a tensor has fewer rows than there are processes.
+    """
+    if not accelerator.is_fsdp2:
+        raise SetupError("model_init: random weights are spread by fsdp_version 2 or ZeRO-3, got another FSDP")
+    processes, device, dtype = accelerator.num_processes, accelerator.device, model.dtype
+    for name, parameter in model.named_parameters():
+        # Accelerate tells parameters apart by the addresses of their parts, and an empty part has none.
+        if -(-len(parameter) // processes) * (processes - 1) >= len(parameter):
+            raise SetupError(f"model_init: {name} with {len(parameter)} rows is too short for {processes} processes")
+    buffers = {name: x.clone() for name, x in model.named_buffers(remove_duplicate=False)}
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # there is nothing to send to the others
+    fsdp2_prepare_model(accelerator, model)
+    model.to_empty(device=device)
+    for name, x in model.named_buffers(remove_duplicate=False):
+        x.copy_(buffers[name])
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=dtype, device=device)
+        _draw(name, whole, model.config.initializer_range, generator)
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+
+
+@torch.no_grad()
+def build_random_zero3(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int, **kwargs
+) -> PreTrainedModel:
+    """As `build_random`, spread over all processes by DeepSpeed's ZeRO-3, tensor by tensor; its configuration is set.
+
+    Every process has to call it; the first one draws.
+    """
+    import deepspeed
+
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)  # Transformers makes it in zero.Init
+    _compute_buffers(model, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                whole = torch.empty(parameter.shape, dtype=dtype, device=device)
+                parameter.copy_(_draw(name, whole, config.initializer_range, generator))
     return model.eval()
 
 
@@ -256,9 +322,8 @@ def census(model: torch.nn.Module) -> dict[str, int]:
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """Number of parameters of the configuration's model, counted without allocating it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).parameters())
+    """Number of parameters of the configuration's model, counted without building it (ZeRO-3 would spread it)."""
+    return Shapes(config).parameters
 
 
 def count_packed_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

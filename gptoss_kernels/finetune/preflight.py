@@ -212,7 +212,10 @@ def optimizer_state_bytes(training: TrainingArguments, dtype: torch.dtype) -> fl
     name = str(getattr(training.optim, "value", training.optim))
     if offloads_optimizer(training):
         return 0
-    states = memory.state_bytes(name, dtype.itemsize, sharded=training.deepspeed_plugin is not None)
+    plugin = training.deepspeed_plugin
+    # DeepSpeed keeps fp32 weights and moments, unless it is told to keep bf16 ones (and then no second weights).
+    masters = plugin is not None and not plugin.deepspeed_config.get("bf16", {}).get("bf16_optimizer_states", False)
+    states = memory.state_bytes(name, dtype.itemsize, sharded=masters)
     return states * (1 - moments_on_host(training))
 
 

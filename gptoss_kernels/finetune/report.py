@@ -45,13 +45,14 @@ class ExpertLoad:
         self.counts = None
         if routers:
             shape = len(routers), model.config.num_local_experts
-            self.counts = torch.zeros(shape, dtype=torch.int64, device=next(model.parameters()).device)
+            self.counts = torch.zeros(shape, dtype=torch.int64)
         for layer, router in enumerate(routers):
             router.register_forward_hook(functools.partial(self._count, layer))
 
     def _count(self, layer: int, router, args, output) -> None:
         if router.training:
             indices = output[-1].detach().flatten()
+            self.counts = self.counts.to(indices.device)  # known now: FSDP moves the model after it was built
             self.counts[layer].scatter_add_(0, indices, torch.ones_like(indices))
 
     def take(self) -> dict[str, float]:

@@ -22,14 +22,17 @@ from . import optimizer, saving
 from .bigram import bigram_entropy
 from .config import Arguments, TrainingArguments
 from .data import SHIPPED_DATA, SHIPPED_TOKENIZER, load_splits, load_tokenizer, prepare
-from .engine import Sharding, check_engine, is_sharded, numel
+from .engine import FSDP, Sharding, asked_for, check_engine, is_sharded, numel
 from .errors import SetupError
 from .loss import fuse_loss
 from .model import (
     build_random,
+    build_random_zero3,
+    build_without_weights,
     census,
     count_packed_bytes,
     count_parameters,
+    fill_fsdp2,
     load_checkpoint,
     load_config,
     load_packed,
@@ -383,8 +386,8 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             f"max_length: {name} knows {config.max_position_embeddings} positions, got {training.max_length}"
         )
     sharded = is_sharded(training)
-    if random and sharded:
-        raise SetupError("model_init: random weights are made on one GPU; ZeRO-3 and FSDP need a checkpoint")
+    if random and sharded and args.use_peft:
+        raise SetupError("model_init: random weights under adapters are made on one GPU; ZeRO-3 and FSDP spread others")
     packed = args.base_weights == "mxfp4"
     if packed and sharded:
         raise SetupError("base_weights: mxfp4 weights are not spread over GPUs; ZeRO-3 and FSDP need bf16")
@@ -414,6 +417,10 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     if random:
         for token in ("bos", "eos", "pad"):
             setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+        if asked_for(training) == FSDP:
+            return build_without_weights(config, training.device, dtype, **implementations)  # make_trainer fills it
+        if sharded:
+            return build_random_zero3(config, training.device, dtype, training.seed, **implementations)
         return build_random(config, training.device, dtype, training.seed, packed, **implementations)
     if packed:
         return load_packed(
@@ -467,6 +474,8 @@ def make_trainer(
     if training.gradient_checkpointing and (training.gradient_checkpointing_kwargs or {}).get("use_reentrant") is False:
         tokens = training.per_device_train_batch_size * (training.max_length or model.config.max_position_embeddings)
         trainer.add_callback(Recomputation(model, arguments.run.recomputation, tokens))
+    if model_args.model_init == "random" and asked_for(training) == FSDP:
+        fill_fsdp2(model, trainer.accelerator, training.seed)
     return trainer
 
 

@@ -121,7 +121,7 @@ def checkpoint(shapes, tmp_path_factory) -> Path:
     from gptoss_kernels.finetune.model import build_random, load_config
 
     folder = tmp_path_factory.mktemp("model")
-    build_random(load_config(shapes, random=True), "cpu", torch.float32, seed=0).save_pretrained(folder)
+    build_random(load_config(shapes, random=True), "cpu", torch.float32, seed=42).save_pretrained(folder)
     return folder
 
 
@@ -220,3 +220,13 @@ def test_a_run_under_zero3(checkpoint, dataset, alone, tmp_path):
     assert found["kept"] < 0.6 * found["total"]
     saved, whole = loaded(folder / "checkpoint-3"), load_file(folder / "model.safetensors")
     assert all(torch.equal(saved[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("file", ["fsdp2.yaml", pytest.param("zero3.yaml", marks=deepspeed)])
+def test_a_run_from_random_weights(file, shapes, dataset, alone, tmp_path):
+    """It begins with the weights that one process makes of the same seed, those of `checkpoint`."""
+    folder = tmp_path / "run"
+    argv = keys(shapes, dataset, folder, 2, model_init="random", save_strategy="no")
+    found = launch(file, 2, argv, folder)
+    check_run(found, folder, alone)
+    assert found["kept"] < 0.6 * found["total"]
