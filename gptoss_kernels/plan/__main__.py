@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..provenance import commit
-from .memory import CONTEXT, GIB, RECOMPUTATION, TARGETS, Memory, Settings, offloaded_bytes, predict
+from .memory import CONTEXT, GIB, RECOMPUTATION, STATES, TARGETS, Memory, Settings, offloaded_bytes, predict
 from .speed import BY_MEMORY, EFFICIENCY, GPUS, NO_ROW, Speed, step_time
 
 PROGRAM = "python -m gptoss_kernels.plan"
@@ -119,6 +119,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     add("--recomputation", choices=RECOMPUTATION, help="as sft.py's; default auto")
     add("--offload", action="store_true", default=None, help="the layers' inputs wait in the host's memory")
     add("--optim", help="as sft.py's; default adamw_torch_fused")
+    add("--states", choices=STATES, help="of weights and moments spread over GPUs; default fp32 (bf16: to measure)")
     add("--config", metavar="FILE.yaml", help="a training configuration to start from; the options above win")
     add("--gpu", choices=list(GPUS), help="for the speed; default: by --gpu-memory")
     add("--json", action="store_true", help="print one JSON object instead of tables")
@@ -253,7 +254,8 @@ def describe(model: str, settings: Settings) -> str:
     if settings.method == "lora":
         what = f"LoRA r={settings.lora_r} on {' and '.join(settings.lora_targets)}, experts in {settings.base_weights}"
     inputs = ", layers' inputs in the host's memory" if settings.offload else ""
-    return f"{model}: {what}; {rows}; {settings.optim}; recomputation {settings.recomputation}{inputs}; {gpus}"
+    states = ", bf16 states" * (settings.states == "bf16")
+    return f"{model}: {what}; {rows}; {settings.optim}{states}; recomputation {settings.recomputation}{inputs}; {gpus}"
 
 
 def show(found: dict, settings: Settings, layers: int) -> None:
@@ -311,9 +313,10 @@ def record(path: Path, found: dict, settings: Settings) -> None:
     row = {
         "model": found["model"], "method": settings.method, "weights": settings.base_weights,
         "targets": "+".join(settings.lora_targets) if settings.method == "lora" else "all", "rank": settings.lora_r,
-        "recomputation": settings.recomputation, "offload": settings.offload, "optim": settings.optim,
-        "gpus": settings.gpus, "memory_gib": settings.gpu_memory, "batch": settings.batch,
-        "accumulation": settings.accumulation, "tokens": settings.tokens, "gpu": speed["gpu"],
+        "recomputation": settings.recomputation, "offload": settings.offload,
+        "optim": settings.optim + ", bf16 states" * (settings.states == "bf16"), "gpus": settings.gpus,
+        "memory_gib": settings.gpu_memory, "batch": settings.batch, "accumulation": settings.accumulation,
+        "tokens": settings.tokens, "gpu": speed["gpu"],
         "tokens_per_second": round(speed["tokens_per_second"]), "step_ms": f"{speed['step_ms']:.5g}",
         "peak_gib": f"{found['total'] / GIB:.5g}", "reserved_gib": f"{found['reserved'] / GIB:.5g}",
         **{f"kept_{name}": layers for name, layers in found["kept"].items()},

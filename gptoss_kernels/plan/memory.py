@@ -18,6 +18,7 @@ METHODS = ("lora", "full")
 BASE_WEIGHTS = ("mxfp4", "bf16")
 TARGETS = ("attention", "experts", "router")
 RECOMPUTATION = ("lean", "auto", "fast")
+STATES = ("fp32", "bf16")
 IN_BACKWARD = "adamw_8bit_sr_in_backward"  # finetune/optimizer.py
 
 # What the arithmetic cannot know. cuBLAS takes 32 MiB on Hopper, twice as train_step.csv's rows say (a handle for each
@@ -97,6 +98,8 @@ class Settings:
         itemsize: bytes of a weight and an activation.
         kept: numbers of layers that keep attention's results, the experts' and all, in place of what `recomputation`
             would choose.
+        states: of sharded training: "fp32" weights and moments beside the bf16 weights, or "bf16" moments alone, what
+            benchmarks/node.py measures with where fp32 ones do not fit.
 
     Raises:
         ValueError: a value that is none of these, or settings that exclude each other; the message names the setting.
@@ -116,9 +119,11 @@ class Settings:
     optim: str = "adamw_torch_fused"
     itemsize: int = 2
     kept: tuple[int, int, int] | None = None
+    states: str = "fp32"
 
     def __post_init__(self):
-        for name, choices in (("method", METHODS), ("base_weights", BASE_WEIGHTS), ("recomputation", RECOMPUTATION)):
+        named = {"method": METHODS, "base_weights": BASE_WEIGHTS, "recomputation": RECOMPUTATION, "states": STATES}
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("context", "gpus", "batch", "accumulation", "lora_r", "gpu_memory"):
@@ -145,6 +150,11 @@ class Settings:
     @property
     def sharded(self) -> bool:
         return self.method == "full" and self.gpus > 1
+
+    @property
+    def masters(self) -> bool:
+        """Whether fp32 weights and moments are kept beside bf16 weights."""
+        return self.sharded and self.states == "fp32"
 
     def but(self, **changes) -> "Settings":
         return dataclasses.replace(self, **changes)
@@ -351,7 +361,7 @@ class _Step:
             parts["adapters"] = 4 * trained
             parts["optimizer_states"] = trained * state_bytes(settings.optim, 4)
             return parts
-        states = shapes.parameters * state_bytes(settings.optim, settings.itemsize, settings.sharded)
+        states = shapes.parameters * state_bytes(settings.optim, settings.itemsize, settings.masters)
         if settings.optim.startswith("adamw_8bit_sr"):
             blocks = (shapes.parameters - shapes.small()) // 256 * 2  # exponents
             states += blocks + shapes.small() * (8 + (4 if settings.itemsize < 4 else 0) - 2)

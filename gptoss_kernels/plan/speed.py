@@ -185,7 +185,7 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = "H100") -> 
     ms = {name: value * settings.accumulation for name, value in ms.items()}
     if full:
         # weights read and written, gradients read, moments read and written
-        each = 2 * size + size + 2 * state_bytes(settings.optim, size, settings.sharded)
+        each = 2 * size + size + 2 * state_bytes(settings.optim, size, settings.masters)
         add("optimizer", shapes.parameters * each / settings.gpus)
         assumed = not settings.optim.startswith("adamw_8bit_sr")
 

@@ -381,3 +381,12 @@ def test_predictions_were_recorded():
         if found := predicted.get(tuple(row[name] for name in names)):
             assert float(found["peak_gib"]) == pytest.approx(float(row["peak_gib"]), rel=0.1)
             assert float(found["reserved_gib"]) == pytest.approx(float(row["reserved_gib"]), rel=0.1)
+
+
+def test_bf16_states_leave_two_bytes_of_each_moment():
+    config = load_config("gpt-oss-20b")
+    settings = Settings(method="full", gpus=2, recomputation="lean")
+    fp32, bf16 = (predict(config, settings.but(states=states)).optimizer_states for states in ("fp32", "bf16"))
+    assert fp32 == 12 * Shapes(config).parameters // 2 and bf16 == 4 * Shapes(config).parameters // 2
+    with pytest.raises(ValueError, match="states: expected fp32 or bf16, got 'fp8'"):
+        settings.but(states="fp8")
