@@ -13,6 +13,7 @@ ATTENTION = ROOT / "benchmarks" / "results" / "attention.csv"
 EXPERTS = ROOT / "benchmarks" / "results" / "experts.csv"
 FINETUNE = ROOT / "benchmarks" / "results" / "finetune.csv"
 MXFP4 = ROOT / "benchmarks" / "results" / "mxfp4.csv"
+NODE = ROOT / "benchmarks" / "results" / "node.csv"
 TRAIN_STEP = ROOT / "benchmarks" / "results" / "train_step.csv"
 VERIFY = ROOT / "benchmarks" / "results" / "verify.csv"
 LABELS = {
@@ -30,6 +31,12 @@ VARIANTS = {
     "flash_attention_4": "FlashAttention-4, grouped_mm, Liger's loss",
     "flex": "FlexAttention, grouped_mm, Liger's loss",
     "eager": "eager attention, grouped_mm, full logits",
+}
+NODE_LABELS = {
+    ("ours", "fsdp2"): "gptoss_kernels, FSDP2",
+    ("ours", "zero3"): "gptoss_kernels, ZeRO-3",
+    ("stock", "fsdp2"): "eager attention, grouped_mm, FSDP2",
+    ("stock", "zero3"): "eager attention, grouped_mm, ZeRO-3",
 }
 
 
@@ -221,6 +228,40 @@ def mxfp4_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + f"\n\n{_distinct(used, 'gpu')}, rank 8, batch 1. Measured {measured}."
 
 
+def node_table(rows: list[dict[str, str]]) -> str:
+    """Markdown: tokens/s and peak memory of each GPU, a line an engine and stack, a table a setting; "" of no row."""
+    setting = ("gpu", "gpus", "model", "states")
+    newest = {(*(r[k] for k in setting), r["stack"], r["engine"], int(r["tokens"])): r for r in rows}
+    tables = []
+    for place in dict.fromkeys(key[:4] for key in newest):
+        cells = {key[4:]: row for key, row in newest.items() if key[:4] == place}
+        lengths = sorted({key[2] for key in cells})
+        lines = ["| tokens/s and peak GiB of each GPU | " + " | ".join(f"{n:,} tokens" for n in lengths) + " |"]
+        lines.append("|---" * (1 + len(lengths)) + "|")
+        for key, label in NODE_LABELS.items():
+            found = [cells.get((*key, tokens)) for tokens in lengths]
+            if any(found):
+                lines.append(f"| {label} | {' | '.join(map(_node_cell, found))} |")
+        used = list(cells.values())
+        gpu, gpus, model, states = place
+        keys = ("torch", "triton", "transformers", "accelerate", "deepspeed")
+        versions = ", ".join(f"{key} {_distinct(used, key)}" for key in keys)
+        measured = f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {versions}."
+        head = f"{gpus} × {gpu}, all weights of {model}, {states} weights and moments, batch 1 a GPU."
+        tables.append("\n\n".join((head, "\n".join(lines), measured)))
+    if tables:
+        tables.append("![tokens a second and GPU against context](benchmarks/results/node.png)")
+    return "\n\n".join(tables)
+
+
+def _node_cell(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    if not row["tokens_per_second_per_gpu"]:
+        return row["outcome"]
+    return f"{float(row['tokens_per_second_per_gpu']):,.0f}, {float(row['peak_gib']):.1f}"
+
+
 def update(text: str, name: str, body: str) -> str:
     """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced by `body`.
 
@@ -259,6 +300,7 @@ def main() -> None:
     text = update(text, "experts", experts_table(harness.read_rows(EXPERTS)))
     text = update(text, "finetune", finetune_table(harness.read_rows(FINETUNE)))
     text = update(text, "mxfp4", mxfp4_table(harness.read_rows(MXFP4)))
+    text = update(text, "node", node_table(harness.read_rows(NODE)))
     text = update(text, "verify", verify_table.table(harness.read_rows(VERIFY)))
     readme.write_text(text, encoding="utf-8")
 

@@ -26,8 +26,8 @@ def variables(config: Path, processes: int, mixed_precision: str) -> dict[str, s
     return {name: value for name, value in found.items() if before.get(name) != value}
 
 
-def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, port: int) -> dict:
-    """One process of a run. Gives (step, loss, gradient norm) by step, and how many elements it kept of how many."""
+def join(launched: dict[str, str], rank: int, processes: int, port: int) -> None:
+    """Makes this process one of those that the launcher has started."""
     os.environ |= launched | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_TORCH_DEVICE": "cpu",
@@ -35,15 +35,22 @@ def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, po
     torch.set_num_threads(1)
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    from transformers import TrainerCallback
 
-    from gptoss_kernels.finetune import engine, train
-    from gptoss_kernels.finetune.config import parse
+    from gptoss_kernels.finetune import engine
 
     PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
     engine.check_hardware = lambda training: None
     if "ACCELERATE_USE_DEEPSPEED" in launched:
         without_cpp()
+
+
+def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, port: int) -> dict:
+    """One process of a run. Gives (step, loss, gradient norm) by step, and how many elements it kept of how many."""
+    join(launched, rank, processes, port)
+    from transformers import TrainerCallback
+
+    from gptoss_kernels.finetune import engine, train
+    from gptoss_kernels.finetune.config import parse
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
