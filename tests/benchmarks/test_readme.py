@@ -41,6 +41,8 @@ def test_readme_agrees_with_the_rows():
     assert readme.update(text, "finetune", body) == text, "run `python -m benchmarks.readme`"
     body = readme.mxfp4_table(harness.read_rows(readme.MXFP4))
     assert readme.update(text, "mxfp4", body) == text, "run `python -m benchmarks.readme`"
+    body = readme.node_table(harness.read_rows(readme.NODE))
+    assert readme.update(text, "node", body) == text, "run `python -m benchmarks.readme`"
     body = verify_table.table(harness.read_rows(readme.VERIFY))
     assert readme.update(text, "verify", body) == text, "run `python -m benchmarks.readme`"
 

@@ -62,7 +62,7 @@ def test_measured_rows(engine, tmp_path):
     for row in rows:
         assert float(row["loss"]) == pytest.approx(7.4, abs=0.3)  # log(1,536) of nothing learnt
         speed = 1e3 * int(row["tokens"]) / float(row["step_ms"])
-        assert float(row["tokens_per_second_per_gpu"]) == pytest.approx(speed, rel=1e-3)
+        assert float(row["tokens_per_second_per_gpu"]) == pytest.approx(speed, rel=1e-3, abs=0.06)
 
 
 def test_out_of_memory_is_a_row(tmp_path, monkeypatch):
@@ -91,10 +91,9 @@ def test_other_errors_are_raised(tmp_path, monkeypatch):
     assert not (tmp_path / "node.csv").exists()
 
 
-@deepspeed
 def test_losses_of_two_processes_are_those_of_one(tmp_path):
     found = []
-    for processes, engine in ((1, None), (2, "zero3")):
+    for processes, engine in ((1, None), (2, "fsdp2")):
         keys = node.SMALL | {"model_name_or_path": ROOT / node.SMALL["model_name_or_path"], "max_steps": 2}
         keys |= {"num_processes": processes, "gradient_accumulation_steps": 2 // processes}
         keys |= {"use_cpu": "true"} if engine is None else {}
