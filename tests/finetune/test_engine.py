@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINES = [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")]
 
 
-def training(found="MULTI_GPU", stage=3, offload="none", world_size=1, **keys):
+def training(found="MULTI_GPU", stage=3, offload="none", world_size=1, deepspeed_config=None, **keys):
     """What of TrainingArguments is asked for here."""
-    plugin = types.SimpleNamespace(zero_stage=stage, offload_optimizer_device=offload) if stage is not None else None
+    settings = dict(zero_stage=stage, offload_optimizer_device=offload, deepspeed_config=deepspeed_config or {})
+    plugin = types.SimpleNamespace(**settings) if stage is not None else None
     state = types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=found))
     settings = dict(fsdp=None, deepspeed=None, use_cpu=False, bf16=True, fp16=False, optim="adamw_torch_fused",
                     gradient_accumulation_steps=1) | keys  # fmt: skip
@@ -89,6 +90,8 @@ def test_what_a_node_needs_is_counted(monkeypatch):
     zero3, offloaded, fsdp = training(), training(offload="cpu"), training(stage=None)
     assert floor(zero3, small) == pytest.approx(41.8, abs=0.05)
     assert floor(zero3, large) == pytest.approx(234, abs=0.5)
+    bf16 = training(deepspeed_config={"bf16": {"enabled": True, "bf16_optimizer_states": True}})
+    assert floor(bf16, small) == pytest.approx(20.9, abs=0.05)  # bf16 weights, gradients and moments
     assert floor(offloaded, large) == pytest.approx(29.2, abs=0.05)
     assert preflight.host_bytes(zero3, large) == 0
     assert preflight.host_bytes(offloaded, small) == pytest.approx(0.38e12, abs=0.005e12)
