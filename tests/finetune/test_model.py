@@ -1,6 +1,7 @@
 """Loading (MXFP4 included), random weights in real shapes, and the GPU that is too small."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from gptoss_kernels.finetune import train
 from gptoss_kernels.finetune.errors import SetupError
-from gptoss_kernels.finetune.model import build_random, count_parameters, load_adapter, load_checkpoint, load_config
+from gptoss_kernels.finetune.model import (
+    build_random,
+    build_without_weights,
+    count_parameters,
+    fill_fsdp2,
+    load_adapter,
+    load_checkpoint,
+    load_config,
+)
 from gptoss_kernels.finetune.preflight import check_memory, memory_floor
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -207,3 +216,12 @@ def test_memory_floor():
     check_memory(80, 80, "advice")
     with pytest.raises(SetupError, match="needs? at least 38.9 GiB .*24.0 GiB are free; take a larger one"):
         check_memory(memory_floor(20_900_000_000, 0, 2, 0), 24 * 2**30, "take a larger one")
+
+
+def test_what_fsdp_cannot_spread_is_named(shapes):
+    model = build_without_weights(load_config(shapes, random=True), "cpu", torch.float32)
+    assert model.model.embed_tokens.weight.is_meta and model.model.rotary_emb.inv_freq.device.type == "cpu"
+    with pytest.raises(SetupError, match="sinks with 2 rows is too short for 8 processes"):
+        fill_fsdp2(model, types.SimpleNamespace(is_fsdp2=True, num_processes=8, device="cpu"), 0)
+    with pytest.raises(SetupError, match="fsdp_version 2"):
+        fill_fsdp2(model, types.SimpleNamespace(is_fsdp2=False), 0)
