@@ -1,11 +1,23 @@
 """Moments that wait in the host's memory, and are on the GPU only while their tensor takes its step."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moved(sizes: Sequence[int], share: float) -> list[int]:
+    """Numbers of the tensors, of so many elements each, whose moments wait: at most that share of all elements, spread
+    evenly, so that copies have work to hide behind."""
+    chosen, seen, taken = [], 0, 0
+    for number, size in enumerate(sizes):
+        seen += size
+        if share and taken + size <= share * seen:
+            chosen.append(number)
+            taken += size
+    return chosen
 
 
 class HostMoments:
