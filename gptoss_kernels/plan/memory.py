@@ -374,7 +374,7 @@ class _Step:
             blocks = (shapes.parameters - shapes.small()) // 256 * 2  # exponents
             states += blocks + shapes.small() * (8 + (4 if settings.itemsize < 4 else 0) - 2)
             if waiting := shapes.on_host(settings.on_host):
-                states += len(MOMENTS) * (HostMoments.SLOTS * max(waiting) - sum(waiting))
+                states += len(MOMENTS) * (HostMoments.ROOM * max(waiting) - sum(waiting))
         parts["optimizer_states"] = states // settings.gpus
         if settings.sharded:
             parts["weights_dense"] = dense // settings.gpus

@@ -237,8 +237,10 @@ def test_the_switches_that_are_proposed_are_enough_and_in_order():
     assert f"--context {settings.context}" in options
     assert settings.context == longest_context(config, settings)
     assert not predict(config, settings.but(context=settings.context + 256)).fits(settings)
-    options, settings, _ = switches(config, Settings(method="full"))[-1]
-    assert options == f"--gpus {settings.gpus} --optim adamw_torch_fused" and settings.gpus == 8
+    options, settings, found = switches(config, Settings(method="full"))[-1]
+    assert options == "--optim adamw_8bit_sr_in_backward --on-host 0.25" and found.fits(settings)
+    options, settings, _ = switches(config, Settings(method="full", gpu_memory=24))[-1]
+    assert options == f"--gpus {settings.gpus} --optim adamw_torch_fused" and settings.gpus == 32
     assert longest_context(config, Settings(gpu_memory=10)) == 0
 
 
