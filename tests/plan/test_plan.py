@@ -244,6 +244,40 @@ def test_the_switches_that_are_proposed_are_enough_and_in_order():
     assert longest_context(config, Settings(gpu_memory=10)) == 0
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_moments_on_the_host_are_those_of_the_optimizer(share):
+    pytest.importorskip("trl")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gptoss_kernels.finetune import model
+    from gptoss_kernels.finetune.optimizer import AdamW8bit
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model.load_config("gpt-oss-20b", random=True), dtype=torch.bfloat16)
+    optimizer = AdamW8bit(built.parameters(), in_backward=True, on_host=share)
+    waiting = [p.numel() for p in built.parameters() if p in optimizer._on_host]
+    config, settings = load_config("gpt-oss-20b"), Settings(method="full", optim=memory.IN_BACKWARD, context=4096)
+    shapes, there = Shapes(config), settings.but(on_host=share)
+    assert shapes.on_host(share) == waiting
+    less = predict(config, settings).optimizer_states - predict(config, there).optimizer_states
+    assert less == 2 * sum(waiting) - sum(buffer.nbytes for buffer in optimizer._host._ring)
+    assert 1 <= memory.offloaded_bytes(config, there) / (2 * sum(waiting)) < 1.2, "powers of two"
+
+
+def test_moments_that_come_and_go_bound_short_steps():
+    config, given = load_config("gpt-oss-20b"), dict(method="full", optim=memory.IN_BACKWARD, on_host=1.0)
+    found = {}
+    for context, accumulation in ((4096, 1), (4096, 4), (32768, 1)):
+        settings = Settings(context=context, accumulation=accumulation, **given)
+        found[context, accumulation] = step_time(config, settings, predict(config, settings))
+    short, accumulated, long = found.values()
+    copies = 1e3 * 2 * sum(Shapes(config).on_host(1.0)) / (speed.EFFICIENCY["GPU to host"].value * speed.PCIE)
+    assert short.bound == "GPU to host" and copies < short.step_ms < copies + 200
+    assert short.step_ms < accumulated.step_ms < 2 * short.step_ms, "once a step, whatever is accumulated"
+    assert long.bound == "GPU" and long.step_ms == sum(long.parts.values())
+
+
 def test_unknown_gpu():
     config, settings = load_config("gpt-oss-tiny"), Settings()
     with pytest.raises(ValueError, match="gpu: expected one of .*H100.* got 'abacus'"):
@@ -262,6 +296,8 @@ def test_unknown_gpu():
         (dict(lora_targets=("mlp",)), "lora_targets: expected some of attention, experts, router, got mlp"),
         (dict(method="full", base_weights="mxfp4"), "base_weights: expected bf16 with method full"),
         (dict(method="full", optim="adamw_8bit_sr_in_backward", gpus=2), "optim: .* is for one GPU, got gpus 2"),
+        (dict(method="full", on_host=0.5), "on_host: expected a share from 0 to 1, above 0 with method full and optim"),
+        (dict(method="full", optim="adamw_8bit_sr_in_backward", on_host=2), "on_host: expected .* got 2"),
     ],
 )
 def test_settings_that_are_refused(given, message):
@@ -329,6 +365,12 @@ def test_does_not_fit(capsys):
     assert "does not fit: " in text and "with --base-weights mxfp4: needs" in text and "tokens/s" not in text
     assert main("--model gpt-oss-120b --gpu-memory 24".split()) == 1
     assert "nothing here makes it fit" in capsys.readouterr().out
+
+
+def test_moments_on_the_host(capsys):
+    assert main("--model gpt-oss-20b --method full --context 4096 --on-host 1".split()) == 0
+    text = capsys.readouterr().out
+    assert "with 100% of its moments on the host" in text and "pinned memory of the host for each GPU: 41.7 GiB" in text
 
 
 def test_json(capsys):
