@@ -12,6 +12,7 @@ from functools import cached_property
 
 from ..experts.api import CHUNK as EXPERTS_CHUNK
 from ..finetune.host_moments import MOMENTS, HostMoments, moved
+from ..layers.chunks import chunk_size
 from ..mxfp4.reference import BYTES, GROUP
 
 GIB = 2**30
@@ -51,11 +52,6 @@ def layers_that_fit(count: int, free: int, attention: int, experts: int) -> tupl
     """Of `count` layers, how many can keep attention's and the experts' results, of so many bytes each, in `free`."""
     first = max(0, min(count, free // attention))
     return first, max(0, min(count, (free - first * attention) // experts)) if first == count else 0
-
-
-def loss_chunk(tokens: int) -> int:
-    """Tokens whose logits exist at once: layers/loss.py's chunk_size, which cannot be imported without Triton."""
-    return min(tokens, 4096, max(512, -(-tokens // 4)))
 
 
 def state_bytes(optim: str, itemsize: int, sharded: bool = False) -> int:
@@ -454,7 +450,7 @@ class _Step:
         """The last layer's output, its norm's, the trained tokens' copy; logits and gradients of a chunk."""
         tokens, size, vocab = self.tokens, self.settings.itemsize, self.config.vocab_size
         if not self.full:  # layers/loss.py
-            logits = loss_chunk(tokens) * math.ceil(vocab / 8) * 8 * size
+            logits = chunk_size(tokens) * math.ceil(vocab / 8) * 8 * size
             return tokens * (4 * self.HIDDEN + 4 + 9) + logits  # and dhidden
         # TRL's: gradients in fp32 and in the weights' dtype, tiles of 4,096 tokens and 32,768 words
         hidden = 2 * self.HIDDEN + self.config.hidden_size * (4 + size)
