@@ -29,7 +29,9 @@ def measured_steps():
     for row in rows("train_step.csv"):
         if row["variant"].startswith("ours"):
             optim = "adamw_torch_fused" if row["training"] == "lora" else memory.IN_BACKWARD
-            yield row, dict(method=row["training"], recomputation=row["variant"].partition(":")[2], optim=optim)
+            _, recomputation, *more = row["variant"].split(":")
+            share = float(more[0].removeprefix("on_host=")) if more else 0.0
+            yield row, dict(method=row["training"], recomputation=recomputation, optim=optim, on_host=share)
     for row in rows("mxfp4.csv"):
         given = dict(base_weights=row["weights"], lora_targets=tuple(row["targets"].split("+")))
         given |= dict(recomputation=row["recomputation"], offload=row["offload"] == "True")
