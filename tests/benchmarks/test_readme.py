@@ -73,7 +73,7 @@ def test_verify_table():
     assert "| check | ours | eager |" in text
     assert "| window | PASS: 128 | **FAIL**: 129 |" in text
     assert "| sinks | PASS: 1e-6 | n.a.: once window is right |" in text
-    assert "Not run here: flex (no GPU)." in text and "On GPU A" in text
+    assert "Not run here: flex with full (no GPU)." in text and "On GPU A" in text
     assert "127" in verify_table.table(rows[-1:]) and "On a CPU" in verify_table.table(rows[-1:])
 
 
