@@ -117,7 +117,8 @@ def main(argv: list[str]) -> None:
         "model": model.model_name_or_path,
         "training": (f"LoRA r={model.lora_r}" if model.use_peft else "full")
         + ", MXFP4" * (model.base_weights == "mxfp4")
-        + ", offloaded" * training.activation_offloading,
+        + ", offloaded" * training.activation_offloading
+        + f", {training.optim_args}" * bool(training.optim_args),
         "documents": "full length" if full else "shipped",
         "max_length": training.max_length,
         "sequences": training.per_device_train_batch_size * training.gradient_accumulation_steps,

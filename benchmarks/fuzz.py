@@ -65,6 +65,8 @@ def run(seeds: range, longest: int, until: float) -> tuple[Counter, float, list[
         except Exception as error:  # whatever a kernel or its check raises is a finding
             failures.append(f"seed {seed}: {type(error).__name__}: {error}")
         done[kind] += 1
+    if gpu:
+        torch.cuda.empty_cache()  # other processes share the GPU
     return done, worst, failures
 
 

@@ -167,6 +167,12 @@ def finetune_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _label(variant: str) -> str:
+    stack, _, share = variant.partition(":on_host=")
+    host = f", {float(share):.0%} of the moments in the host's memory" if share else ""
+    return VARIANTS.get(stack, stack.replace("/", ", ")) + host
+
+
 def train_step_table(rows: list[dict[str, str]]) -> str:
     """Markdown: tokens/s and peak memory of a whole step, a line a variant, a column a length, a table a setting."""
     newest = {(r["gpu"], r["model"], r["layers"], r["training"], r["variant"], int(r["tokens"])): r for r in rows}
@@ -176,7 +182,7 @@ def train_step_table(rows: list[dict[str, str]]) -> str:
         lengths = sorted({tokens for _, tokens in cells})
         lines = ["| tokens/s, peak GiB | " + " | ".join(f"{tokens:,} tokens" for tokens in lengths) + " |"]
         lines.append("|---" * (1 + len(lengths)) + "|")
-        others = {variant: variant.replace("/", ", ") for variant, _ in cells if variant not in VARIANTS}
+        others = {variant: _label(variant) for variant, _ in cells if variant not in VARIANTS}
         for variant, label in (VARIANTS | others).items():
             found = [cells.get((variant, tokens)) for tokens in lengths]
             if any(found):

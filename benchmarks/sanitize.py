@@ -1,18 +1,30 @@
 """Every kernel once, at a small size, for compute-sanitizer to look over:
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
-compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize
+compute-sanitizer --tool racecheck python -m benchmarks.sanitize > LOG; python -m benchmarks.sanitize judge LOG
+compute-sanitizer --tool racecheck python -m benchmarks.sanitize control > LOG; python -m benchmarks.sanitize judge LOG
 
 Caching of PyTorch's allocator is off, so that a read beside a tensor is one beside its allocation. Lists the kernels
 that ran; the exit code is 2 if one of the package's was not among them.
+
+racecheck takes Triton's own hand-over at a `gl.warp_specialize` for a race: the first warps write what the others are
+to do, all meet at barrier 1, the others read it and all meet again, but at different instructions. `control` runs a
+kernel that does nothing else, so that one sees it. `judge` counts the hazards of that hand-over, and prints all of
+which either access belongs to anything else; the exit code is 1 if there is one.
 """
 
 import os
+import re
 import sys
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
+from collections import Counter
+from pathlib import Path
+
 import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from gptoss_kernels import flash_attention, fused_experts
 from gptoss_kernels.testing import AttentionCase, ExpertsCase
@@ -96,9 +108,62 @@ def layers() -> None:
         adamw_step(parameter, draw(1000, dtype=dtype), new_state(parameter), step=1, lr=1e-3, backend="triton")
 
 
+@gluon.jit
+def store(out, start):
+    i = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(out + i, i)
+
+
+@gluon.jit
+def hand_over_kernel(out):
+    gl.warp_specialize([(store, (out, 0)), (store, (out, 128))], [4], [24])
+
+
+def control() -> None:
+    """A kernel whose warp groups share nothing but what Triton hands over to them."""
+    out = torch.zeros(256, dtype=torch.int32, device="cuda")
+    hand_over_kernel[(1,)](out, num_warps=4)
+    assert out.tolist() == list(range(256))
+
+
+ACCESS = re.compile(r"(?:Read|Write) access at (\w+)\+0x[0-9a-f]+ in (\S+?):(\d+)")
+
+
+def judge(log: str) -> tuple[Counter, list[str]]:
+    """Hazards of Triton's hand-over by kernel, and the others, in what racecheck printed."""
+    sources = {path.name: path.read_text().splitlines() for path in Path(__file__).parents[1].rglob("*.py")
+               if path.parent.name in ("attention", "benchmarks")}  # fmt: skip
+    handed, others, first = Counter(), [], None
+    for line in log.splitlines():
+        if (access := ACCESS.search(line)) is None:
+            others += [line] * bool(re.search(r"Error|Warning", line))  # another kind, or without lines
+            continue
+        kernel, file, number = access.groups()
+        text = sources.get(file, [])[int(number) - 1 : int(number)]
+        own = bool(text) and text[0].strip().startswith((f"def {kernel}(", "gl.warp_specialize("))
+        if "reported between" in line:
+            first = own, line
+        elif own and first[0]:
+            handed[kernel] += 1
+        else:
+            others.append(f"{first[1]} {line}")
+    if "RACECHECK SUMMARY" not in log:
+        others.append("racecheck did not finish")
+    return handed, others
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["judge"] and len(sys.argv) == 3:
+        handed, others = judge(Path(sys.argv[2]).read_text())
+        print(f"of Triton's hand-over: {dict(handed)}; others: {len(others)}", *others, sep="\n")
+        return 1 if others else 0
+    if sys.argv[1:] not in ([], ["control"]):
+        sys.exit(f"benchmarks/sanitize.py: expected nothing, control, or judge LOG, got {' '.join(sys.argv[1:])}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/sanitize.py: expected a CUDA GPU, got none")
+    if sys.argv[1:] == ["control"]:
+        control()
+        return 0
     from gptoss_kernels import launch
 
     for part in (attention, experts, layers):

@@ -3,12 +3,14 @@
 python benchmarks/train_step.py                       ours, lean and as fast as memory allows, 8,192 and 16,384 tokens
 python benchmarks/train_step.py --variants ours:auto,flex,flash_attention_4,eager --lengths 4096,8192,16384,32768
 python benchmarks/train_step.py --training full --variants ours:lean,flex                 all weights, on one 141 GB GPU
+python benchmarks/train_step.py --training full --variants ours:auto:on_host=1            the same, on one 80 GB GPU
 
 A step is the whole step: one document of the full length, copied to the GPU, forward, backward, clipping, AdamW. With
 all weights trained there is no clipping, and AdamW keeps 8-bit moments: ours inside the backward pass (configs/
 sft_full_single.yaml), that of bitsandbytes for the others.
 Variants:
   ours:lean|auto|fast  patch_gpt_oss and the fused loss; what is kept for the backward pass as sft.py's recomputation
+  ours:...:on_host=SHARE    full: that share of the optimizer's moments waits in the host's memory
   flex, flash_attention_4   that attention, Transformers' grouped_mm, Liger's fused linear cross-entropy
   eager                     eager attention, grouped_mm, full logits
   ATTENTION/EXPERTS/LOSS    any mixture, such as gptoss_triton/grouped_mm/trl; LOSS is ours, trl, liger or logits
@@ -46,6 +48,8 @@ STACKS = {
     "eager": ("eager", "grouped_mm", "logits"),
 }
 LOSSES = ("ours", "trl", "liger", "logits")
+ON_HOST = r":on_host=(0?\.\d+|1)"
+BESIDE = ("aten::", "Memcpy HtoD", "Memcpy DtoH")  # in a profile, no kernels: copies that run beside them
 
 # GPU kernels by name; the first pattern that is found decides. GEMMs are those of projections and the LM head.
 PARTS = {
@@ -74,10 +78,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.variants = options.variants.split(",")
     for variant in options.variants:
-        known = rf"ours:(lean|auto|fast)|{'|'.join(STACKS)}|\w+/\w+/({'|'.join(LOSSES)})"
+        known = rf"ours:(lean|auto|fast)({ON_HOST})?|{'|'.join(STACKS)}|\w+/\w+/({'|'.join(LOSSES)})"
         if not re.fullmatch(known, variant):
             parser.error(f"--variants: expected ours:lean, ours:auto, ours:fast, {', '.join(STACKS)} or "
                          f"ATTENTION/EXPERTS/LOSS, got {variant!r}")  # fmt: skip
+        if re.search(ON_HOST, variant) and options.training != "full":
+            parser.error(f"--variants: on_host needs --training full, got {variant!r}")
     try:
         options.lengths = [int(part) for part in options.lengths.split(",")]
     except ValueError:
@@ -121,7 +127,7 @@ class Step:
         if variant.startswith("ours"):
             patch_gpt_oss(model)
             self.loss = "ours" if training == "lora" else "trl"
-            self.recompute(variant.partition(":")[2])
+            self.recompute(variant.split(":")[1])
         else:
             attention, experts, self.loss = STACKS.get(variant) or variant.split("/")
             self.base.set_attn_implementation(attention)
@@ -137,7 +143,8 @@ class Step:
         elif variant.startswith("ours"):
             from gptoss_kernels.finetune.optimizer import AdamW8bit
 
-            self.optimizer = AdamW8bit(trained, lr=1e-5, in_backward=True)
+            share = re.search(ON_HOST, variant)
+            self.optimizer = AdamW8bit(trained, lr=1e-5, in_backward=True, on_host=float(share[1]) if share else 0.0)
         else:
             from bitsandbytes.optim import AdamW8bit
 
@@ -213,7 +220,7 @@ def measure(step: Step, options: argparse.Namespace) -> dict:
     parts = dict.fromkeys([*PARTS, "other_ms"], 0.0)
     top = []
     for event in profile.key_averages():
-        if event.device_type.name != "CUDA" or event.key.startswith("aten::"):
+        if event.device_type.name != "CUDA" or event.key.startswith(BESIDE):
             continue
         name = next((part for part, pattern in PARTS.items() if re.search(pattern, event.key)), "other_ms")
         parts[name] += event.self_device_time_total / 1e3

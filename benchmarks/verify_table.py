@@ -93,8 +93,10 @@ def table(rows: list[dict[str, str]]) -> str:
         cells = [_cell([row for (name, _, what), row in newest.items() if (name, what) == (stack, check)])
                  for stack in columns]  # fmt: skip
         lines.append(f"| {check} | {' | '.join(cells)} |")
-    reasons = {row["stack"]: row["measured"] for row in newest.values() if row["status"] == SKIPPED}
-    lines += [f"\nNot run here: {stack} ({reason})." for stack, reason in reasons.items()]
+    for row in newest.values():
+        if row["status"] == SKIPPED:
+            reason = row["measured"].partition(". ")[0].removesuffix(".")
+            lines.append(f"\nNot run here: {row['stack']} with {row['train']} ({reason}).")
     where = "a CPU" if last["gpu"].startswith("none") else last["gpu"]
     versions = ", ".join(f"{key} {last[key]}" for key in ("torch", "triton", "transformers"))
     lines.append(f"\nOn {where}, {last['model']} model, {last['date']}, commit {last['commit']}, {versions}.")

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import gptoss_kernels  # noqa: E402, F401  (registers attn_implementation="gptoss_triton")
-from gptoss_kernels.finetune.harmony import Rendering, encode, prompt  # noqa: E402
+from gptoss_kernels.finetune.harmony import Rendering, prompt  # noqa: E402
 
 CODES = {"en": "English", "es": "Spanish", "fr": "French", "de": "German", "it": "Italian"}
 REPLY = re.compile(
@@ -46,7 +45,6 @@ def read_rows(split: str = "test", folder: Path = HERE / "reasoning") -> list[di
         return [json.loads(line) for line in file]
 
 
-@torch.no_grad()
 def ask(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 50, max_new_tokens: int = 96) -> list[Reply]:
     """The model's greedy replies to the rows' questions, in their order, with a progress bar.
 
@@ -55,28 +53,11 @@ def ask(model, tokenizer, rows: Sequence[dict], *, batch_size: int = 50, max_new
         rows: with `messages`, whose last is the reply that is asked for.
         max_new_tokens: longest reply; those of the data set have up to 78.
     """
-    was_training = model.training
-    model.eval()
-    pad, replies = tokenizer.pad_token_id, []
-    with tqdm(total=len(rows), desc="asking", unit="problem", leave=False) as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            ids = [encode(prompt(row["messages"][:-1], Rendering()), tokenizer).input_ids for row in batch]
-            length = max(map(len, ids))
-            inputs = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=model.device)
-            output = model.generate(
-                input_ids=inputs,
-                attention_mask=(inputs != pad).long(),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=pad,
-            )
-            for text in tokenizer.batch_decode(output[:, length:]):
-                replies.append(parse_reply(text.replace(tokenizer.pad_token, "")))
-            bar.update(len(batch))
-    model.train(was_training)
-    return replies
+    from gptoss_kernels.finetune.sample import replies  # which needs TRL and PEFT
+
+    prompts = [prompt(row["messages"][:-1], Rendering()) for row in rows]
+    texts = replies(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [parse_reply(text) for text in texts]
 
 
 def parse_reply(text: str) -> Reply:

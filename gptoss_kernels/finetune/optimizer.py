@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from ..adamw.api import adamw_step, new_state
 from .errors import SetupError
-from .host_moments import MOMENTS, HostMoments
+from .host_moments import MOMENTS, HostMoments, moved
 
 # Values of `optim` beside those of Transformers.
 KEPT, IN_BACKWARD = "adamw_8bit_sr", "adamw_8bit_sr_in_backward"
@@ -136,13 +136,8 @@ class AdamW8bit(torch.optim.Optimizer):
                     self._handles.append(p.register_post_accumulate_grad_hook(self._hook))
 
         self._host: HostMoments | None = None
-        self._on_host: set[torch.Tensor] = set()
-        large, seen, moved = [p for p in self._places if self._large(p)], 0, 0
-        for p in large:  # spread evenly, so that copies have work to hide behind
-            seen += p.numel()
-            if on_host and moved + p.numel() <= on_host * seen:
-                self._on_host.add(p)
-                moved += p.numel()
+        large = [p for p in self._places if self._large(p)]
+        self._on_host = {large[number] for number in moved([p.numel() for p in large], on_host)}
         if self._on_host:
             self._host = HostMoments(large[0].device, max(p.numel() for p in self._on_host))
 

@@ -12,13 +12,7 @@ import triton.language as tl
 
 from ..launch import launch
 from ..operators import implements
-
-CHUNK = 4096  # tokens; at 201,088 words 1.6 GB of logits in bf16, and products at full speed
-
-
-def chunk_size(tokens: int) -> int:
-    """Tokens whose logits exist at once: of few tokens a quarter, whose logits must not be the peak of the memory."""
-    return min(CHUNK, max(512, triton.cdiv(tokens, 4)))
+from .chunks import chunk_size
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -81,7 +75,7 @@ def _linear_cross_entropy(hidden, weight, labels, need_grad):
     top1 = hidden.new_empty(tokens, dtype=torch.bool)
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
     width = triton.cdiv(vocab, 8) * 8  # rows of the buffer start at multiples of 16 bytes
-    chunk = min(tokens, chunk_size(tokens))
+    chunk = chunk_size(tokens)
     buffer = hidden.new_empty(chunk, width)
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))

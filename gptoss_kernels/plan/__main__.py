@@ -20,12 +20,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..provenance import commit
-from .memory import CONTEXT, GIB, RECOMPUTATION, STATES, TARGETS, Memory, Settings, offloaded_bytes, predict
+from .memory import (
+    CONTEXT,
+    GIB,
+    IN_BACKWARD,
+    RECOMPUTATION,
+    STATES,
+    TARGETS,
+    Memory,
+    Settings,
+    offloaded_bytes,
+    predict,
+)
 from .speed import BY_MEMORY, EFFICIENCY, GPUS, NO_ROW, Speed, step_time
 
 PROGRAM = "python -m gptoss_kernels.plan"
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 STEP = 256  # tokens between the contexts that are tried
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of moments on the host that are tried
 NEEDED = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_local_experts", "num_experts_per_tok", "vocab_size", "sliding_window", "max_position_embeddings",
@@ -74,6 +86,8 @@ def settings_of(arguments) -> tuple[str | None, dict]:
     Args:
         arguments: from `finetune.config.parse`.
     """
+    from ..finetune.preflight import moments_on_host
+
     model, run, training = arguments.model, arguments.run, arguments.training
     targets = model.lora_targets
     if targets is None:
@@ -94,6 +108,7 @@ def settings_of(arguments) -> tuple[str | None, dict]:
         "recomputation": run.recomputation if checkpointed else "fast",
         "offload": training.activation_offloading,
         "optim": str(getattr(training.optim, "value", training.optim)),
+        "on_host": moments_on_host(training),
         "itemsize": 4 if model.dtype == "float32" else 2,
     }
 
@@ -118,7 +133,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     add("--lora-r", type=int, metavar="N", help="rank of the adapters; default 8")
     add("--recomputation", choices=RECOMPUTATION, help="as sft.py's; default auto")
     add("--offload", action="store_true", default=None, help="the layers' inputs wait in the host's memory")
-    add("--optim", help="as sft.py's; default adamw_torch_fused")
+    add("--optim", help="as sft.py's; default adamw_torch_fused, with --on-host adamw_8bit_sr_in_backward")
+    add("--on-host", type=float, metavar="SHARE", help="of that optimizer's moments, in the host's memory")
     add("--states", choices=STATES, help="of weights and moments spread over GPUs; default fp32 (bf16: to measure)")
     add("--config", metavar="FILE.yaml", help="a training configuration to start from; the options above win")
     add("--gpu", choices=list(GPUS), help="for the speed; default: by --gpu-memory")
@@ -147,6 +163,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, SimpleNamespace, 
     model = options.model or model
     if model is None:
         fail("model: expected a name, a folder or a .json file, got nothing")
+    if given.get("on_host"):
+        given.setdefault("optim", IN_BACKWARD)
     if given.get("method", Settings.method) == "lora":
         given.setdefault("base_weights", "mxfp4")
     try:
@@ -190,9 +208,10 @@ def switches(config, settings: Settings) -> list[tuple[str, Settings, Memory]]:
     if not settings.offload:
         changes.append(("--offload", {"offload": True}))
     if settings.method == "full" and settings.gpus == 1:
-        name = "adamw_8bit_sr_in_backward"
+        name = IN_BACKWARD
         once = " --accumulation 1" * (settings.accumulation > 1)
         changes.append((f"--optim {name}{once}", {"optim": name, "accumulation": 1}))
+        changes += [(f"--on-host {share:g}", {"on_host": share}) for share in SHARES if share > settings.on_host]
     if settings.method == "lora" and {"attention"} < set(settings.lora_targets):
         changes.append(("--lora-targets attention", {"lora_targets": ("attention",)}))
     tried, names, needed = [], [], predict(config, settings).needed
@@ -201,7 +220,8 @@ def switches(config, settings: Settings) -> list[tuple[str, Settings, Memory]]:
         memory = predict(config, trial)
         if memory.needed >= needed:
             continue
-        names, settings, needed = [*names, name], trial, memory.needed
+        names = [*(other for other in names if other.split()[0] != name.split()[0]), name]
+        settings, needed = trial, memory.needed
         tried.append((" ".join(names), trial, memory))
         if memory.fits(trial):
             return tried
@@ -209,8 +229,8 @@ def switches(config, settings: Settings) -> list[tuple[str, Settings, Memory]]:
         trial = settings.but(context=context)
         tried.append((" ".join([*names, f"--context {context}"]), trial, predict(config, trial)))
     elif settings.method == "full":
-        trials = (settings.but(gpus=n, optim="adamw_torch_fused") for n in (2, 4, 8, 16, 32, 64) if n > settings.gpus)
-        for trial in trials:
+        sharded = settings.but(optim="adamw_torch_fused", on_host=0.0)
+        for trial in (sharded.but(gpus=n) for n in (2, 4, 8, 16, 32, 64) if n > settings.gpus):
             memory = predict(config, trial)
             if memory.fits(trial):
                 options = f"--gpus {trial.gpus} --optim {trial.optim}" + " --offload" * trial.offload
@@ -254,8 +274,9 @@ def describe(model: str, settings: Settings) -> str:
     if settings.method == "lora":
         what = f"LoRA r={settings.lora_r} on {' and '.join(settings.lora_targets)}, experts in {settings.base_weights}"
     inputs = ", layers' inputs in the host's memory" if settings.offload else ""
-    states = ", bf16 states" * (settings.states == "bf16")
-    return f"{model}: {what}; {rows}; {settings.optim}{states}; recomputation {settings.recomputation}{inputs}; {gpus}"
+    optim = settings.optim + f" with {settings.on_host:.0%} of its moments on the host" * (settings.on_host > 0)
+    optim += ", bf16 states" * (settings.states == "bf16")
+    return f"{model}: {what}; {rows}; {optim}; recomputation {settings.recomputation}{inputs}; {gpus}"
 
 
 def show(found: dict, settings: Settings, layers: int) -> None:
@@ -314,9 +335,10 @@ def record(path: Path, found: dict, settings: Settings) -> None:
         "model": found["model"], "method": settings.method, "weights": settings.base_weights,
         "targets": "+".join(settings.lora_targets) if settings.method == "lora" else "all", "rank": settings.lora_r,
         "recomputation": settings.recomputation, "offload": settings.offload,
-        "optim": settings.optim + ", bf16 states" * (settings.states == "bf16"), "gpus": settings.gpus,
-        "memory_gib": settings.gpu_memory, "batch": settings.batch, "accumulation": settings.accumulation,
-        "tokens": settings.tokens, "gpu": speed["gpu"],
+        "optim": settings.optim + f" on_host={settings.on_host:g}" * (settings.on_host > 0)
+        + ", bf16 states" * (settings.states == "bf16"),
+        "gpus": settings.gpus, "memory_gib": settings.gpu_memory, "batch": settings.batch,
+        "accumulation": settings.accumulation, "tokens": settings.tokens, "gpu": speed["gpu"],
         "tokens_per_second": round(speed["tokens_per_second"]), "step_ms": f"{speed['step_ms']:.5g}",
         "peak_gib": f"{found['total'] / GIB:.5g}", "reserved_gib": f"{found['reserved'] / GIB:.5g}",
         **{f"kept_{name}": layers for name, layers in found["kept"].items()},

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from ..experts.api import CHUNK as EXPERTS_CHUNK
+from ..finetune.host_moments import MOMENTS, HostMoments, moved
+from ..layers.chunks import chunk_size
 from ..mxfp4.reference import BYTES, GROUP
 
 GIB = 2**30
@@ -53,11 +55,6 @@ def layers_that_fit(count: int, free: int, attention: int, experts: int) -> tupl
     return first, max(0, min(count, (free - first * attention) // experts)) if first == count else 0
 
 
-def loss_chunk(tokens: int) -> int:
-    """Tokens whose logits exist at once: layers/loss.py's chunk_size, which cannot be imported without Triton."""
-    return min(tokens, 4096, max(512, -(-tokens // 4)))
-
-
 def state_bytes(optim: str, itemsize: int, sharded: bool = False) -> int:
     """Bytes that an optimizer keeps of each element of a large tensor, at the least.
 
@@ -95,6 +92,7 @@ class Settings:
         recomputation: "lean", "auto" or "fast", as sft.py's; with gradient checkpointing off it is "fast".
         offload: the layers' inputs wait in the host's memory (activation_offloading).
         optim: as sft.py's.
+        on_host: share of the large tensors' moments in the host's memory (optim_args of adamw_8bit_sr_in_backward).
         itemsize: bytes of a weight and an activation.
         kept: numbers of layers that keep attention's results, the experts' and all, in place of what `recomputation`
             would choose.
@@ -117,6 +115,7 @@ class Settings:
     recomputation: str = "auto"
     offload: bool = False
     optim: str = "adamw_torch_fused"
+    on_host: float = 0.0
     itemsize: int = 2
     kept: tuple[int, int, int] | None = None
     states: str = "fp32"
@@ -136,6 +135,12 @@ class Settings:
             raise ValueError("base_weights: expected bf16 with method full (mxfp4 weights are frozen), got 'mxfp4'")
         if self.optim == IN_BACKWARD and self.gpus > 1:
             raise ValueError(f"optim: {self.optim} is for one GPU, got gpus {self.gpus}")
+        in_backward = self.method == "full" and self.optim == IN_BACKWARD
+        if not 0 <= self.on_host <= 1 or (self.on_host and not in_backward):
+            raise ValueError(
+                f"on_host: expected a share from 0 to 1, above 0 with method full and optim {IN_BACKWARD} only, "
+                f"got {self.on_host}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -202,6 +207,12 @@ class Shapes:
         layer = sum(n for part in self.layer.values() for n in part if n < SMALL)
         return self.layers * layer + sum(n for n in self.outside if n < SMALL)
 
+    def on_host(self, share: float) -> list[int]:
+        """Elements of each tensor whose moments are on the host, in the order of the model's parameters."""
+        layer = [n for part in self.layer.values() for n in part if n >= SMALL]
+        large = [n for n in (self.head, *layer * self.layers, *self.outside[1:]) if n >= SMALL]
+        return [large[number] for number in moved(large, share)]
+
     def weights(self, settings: Settings) -> tuple[int, int]:
         """Bytes of dense and of packed weights."""
         packed = self.layers * self.projections if settings.base_weights == "mxfp4" else 0
@@ -227,7 +238,8 @@ class Memory:
     Attributes:
         weights_dense, weights_packed: of the model, those that are frozen included.
         gathered: of a sharded model, two layers, embeddings and LM head, whole.
-        adapters, gradients, optimizer_states: gradients as far as they exist at that moment.
+        adapters, gradients, optimizer_states: gradients as far as they exist at that moment; states without those on
+            the host, with the buffers that they pass through.
         dequantization_buffer: of packed experts.
         checkpoints: inputs of checkpointed layers, and the routing that recomputation takes over.
         kept_attention, kept_experts, kept_layers: what `recomputation` keeps besides.
@@ -312,8 +324,10 @@ def predict(config, settings: Settings) -> Memory:
 
 
 def offloaded_bytes(config, settings: Settings) -> int:
-    """Pinned memory of the host, for the layers' inputs of one GPU."""
-    return settings.offload * config.num_hidden_layers * settings.tokens * config.hidden_size * settings.itemsize
+    """Pinned memory of the host, for the layers' inputs of one GPU and for moments."""
+    inputs = settings.offload * config.num_hidden_layers * settings.tokens * config.hidden_size * settings.itemsize
+    # PyTorch pins powers of two (c10::llvm::PowerOf2Ceil in ATen/core/CachingHostAllocator.h).
+    return inputs + sum(len(MOMENTS) << (n - 1).bit_length() for n in Shapes(config).on_host(settings.on_host))
 
 
 class _Step:
@@ -365,6 +379,8 @@ class _Step:
         if settings.optim.startswith("adamw_8bit_sr"):
             blocks = (shapes.parameters - shapes.small()) // 256 * 2  # exponents
             states += blocks + shapes.small() * (8 + (4 if settings.itemsize < 4 else 0) - 2)
+            if waiting := shapes.on_host(settings.on_host):
+                states += len(MOMENTS) * (HostMoments.ROOM * max(waiting) - sum(waiting))
         parts["optimizer_states"] = states // settings.gpus
         if settings.sharded:
             parts["weights_dense"] = dense // settings.gpus
@@ -444,7 +460,7 @@ class _Step:
         """The last layer's output, its norm's, the trained tokens' copy; logits and gradients of a chunk."""
         tokens, size, vocab = self.tokens, self.settings.itemsize, self.config.vocab_size
         if not self.full:  # layers/loss.py
-            logits = loss_chunk(tokens) * math.ceil(vocab / 8) * 8 * size
+            logits = chunk_size(tokens) * math.ceil(vocab / 8) * 8 * size
             return tokens * (4 * self.HIDDEN + 4 + 9) + logits  # and dhidden
         # TRL's: gradients in fp32 and in the weights' dtype, tiles of 4,096 tokens and 32,768 words
         hidden = 2 * self.HIDDEN + self.config.hidden_size * (4 + size)

@@ -71,7 +71,8 @@ ROWS_HALF, ROWS_POWER = 190, 1.57
 # What the host takes for a layer, and for its recomputation; it bounds short steps. ours:auto and ours:lean at 4,096
 # tokens on the machine of train_step.csv 0a64a63: hosts differ by a factor of two (benchmarks/NOTES.md).
 HOST_MS, HOST_RECOMPUTE_MS = 8.0, 2.9
-PCIE = 55e9  # bytes a second, generation 5 with 16 lanes; source: PCI-SIG, less its framing
+# Bytes a second each way, generation 5 with 16 lanes; source: PCI-SIG, less its framing. Both ways at once: assumed.
+PCIE = 55e9
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = "H100") -> 
     if not full and "experts" in settings.lora_targets:
         again = (count + experts) * (5 * act + 3 * expert_rows)
         add("experts' adapters", tokens * (again + count * (8 * act + 7 * expert_rows)))
+    forward = sum(ms.values()) / (products + experts / count)  # of one pass, about
+    backward = sum(ms.values()) - forward
     ms = {name: value * settings.accumulation for name, value in ms.items()}
     if full:
         # weights read and written, gradients read, moments read and written
@@ -195,9 +198,15 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = "H100") -> 
         each = 2 * size + (gradient_bytes(settings.optim, 1, size) or size)
         moved = settings.accumulation * shapes.parameters * each * (settings.gpus - 1) / settings.gpus
         bounds["GPU to GPU"] = 1e3 * moved / (EFFICIENCY["GPU to GPU"].value * device.link)
-    if settings.offload:
-        moved = settings.accumulation * count * tokens * hidden  # each way; both at once
-        bounds["GPU to host"] = 1e3 * 2 * moved / (EFFICIENCY["GPU to host"].value * PCIE)
+    if settings.offload or settings.on_host:
+        # Inputs go out in forward passes and come back in backward passes. Moments, in the last of these, come in
+        # and go out at once, each way at full speed; the optimizer's steps are in that pass too.
+        inputs, moments = settings.offload * count * tokens * hidden, 2 * sum(shapes.on_host(settings.on_host))
+        last = backward + (ms["optimizer"] if settings.on_host else 0.0)
+        passes = [(settings.accumulation, inputs, forward), (settings.accumulation - 1, inputs, backward)]
+        rate = EFFICIENCY["GPU to host"].value * PCIE / 1e3
+        waits = (n * max(0.0, size / rate - own) for n, size, own in (*passes, (1, inputs + moments, last)))
+        bounds["GPU to host"] = bounds["GPU"] + sum(waits)
         assumed = True
     bound = max(bounds, key=bounds.get)
     step = bounds[bound]

@@ -75,7 +75,7 @@ def test_verify_table():
     assert "| check | ours | eager |" in text
     assert "| window | PASS: 128 | **FAIL**: 129 |" in text
     assert "| sinks | PASS: 1e-6 | n.a.: once window is right |" in text
-    assert "Not run here: flex (no GPU)." in text and "On GPU A" in text
+    assert "Not run here: flex with full (no GPU)." in text and "On GPU A" in text
     assert "127" in verify_table.table(rows[-1:]) and "On a CPU" in verify_table.table(rows[-1:])
 
 
@@ -229,12 +229,14 @@ def test_train_step_table():
         base | {"variant": "ours:lean", "tokens": "8192", "tokens_per_second": "1", "peak_gib": "41.04"},
         base | {"variant": "ours:lean", "tokens": "8192", "tokens_per_second": "16000", "peak_gib": "41.04"},
         base | {"variant": "ours:lean", "tokens": "16384", "tokens_per_second": "15000", "peak_gib": "44.0"},
+        base | {"variant": "ours:lean:on_host=0.5", "tokens": "8192", "tokens_per_second": "9", "peak_gib": "30"},
     ]
-    assert readme.train_step_table(rows).splitlines()[2:6] == [
+    assert readme.train_step_table(rows).splitlines()[2:7] == [
         "| tokens/s, peak GiB | 8,192 tokens | 16,384 tokens |",
         "|---|---|---|",
         "| gptoss_kernels, lean | 16,000, 41.0 | 15,000, 44.0 |",
         "| FlexAttention, grouped_mm, Liger's loss | 8,000, 43.2 | – |",
+        "| gptoss_kernels, lean, 50% of the moments in the host's memory | 9, 30.0 | – |",
     ]
 
 
@@ -250,6 +252,15 @@ def test_model_flops_count_windows():
     assert train_step.model_flops(config, 3) == 4 * (48 + 48 + 8 + 32) * 3 + 14 * 4 * 5
     config.layer_types = ["full_attention"]
     assert train_step.model_flops(config, 3) == 4 * (48 + 48 + 8 + 32) * 3 + 14 * 4 * 6
+
+
+def test_variants_with_moments_on_the_host(capsys):
+    line = ["--training", "full", "--variants", "ours:lean,ours:auto:on_host=0.25"]
+    assert train_step.parse(line).variants == ["ours:lean", "ours:auto:on_host=0.25"]
+    for line in (["--variants", "ours:auto:on_host=1"], ["--training", "full", "--variants", "ours:auto:on_host=2"]):
+        with pytest.raises(SystemExit):
+            train_step.parse(line)
+        assert "--variants: " in capsys.readouterr().err
 
 
 def test_parts_know_the_kernels():

