@@ -1,13 +1,18 @@
 """Runs notebooks in place and stores them without what changes from run to run (times, versions of the kernel).
 
+Pictures are stored with a palette of 256 colours: a third of the size, and no difference that one can see in a plot.
+
 python notebooks/refresh.py [notebook.ipynb ...]        default: all of them
 """
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 FOLDER = Path(__file__).parent
 METADATA = {
@@ -16,8 +21,19 @@ METADATA = {
 }
 
 
+def with_palette(png: str) -> str:
+    """An opaque picture, base64 as notebooks hold it, with at most 256 colours; one that has a palette as it is."""
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == "P":
+        return png
+    file = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Strips run times and machine-dependent metadata, joins split streams, numbers cells and their ids by position."""
+    """Strips run times and machine-dependent metadata, joins split streams, numbers cells and their ids by position,
+    stores pictures with a palette."""
     notebook.metadata = nbformat.from_dict(METADATA)
     executed = 0
     for position, cell in enumerate(notebook.cells):
@@ -31,6 +47,8 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = executed
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = with_palette(output.data["image/png"])
             joins = outputs and output.output_type == outputs[-1].output_type == "stream"
             if joins and output.name == outputs[-1].name:
                 outputs[-1].text += output.text
