@@ -6,29 +6,19 @@ python notebooks/refresh.py [notebook.ipynb ...]        default: all of them
 """
 
 import base64
-import io
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from PIL import Image
+
+from gptoss_kernels.course.plots import with_palette
 
 FOLDER = Path(__file__).parent
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},  # which knows % and ! lines
 }
-
-
-def with_palette(png: str) -> str:
-    """An opaque picture, base64 as notebooks hold it, with at most 256 colours; one that has a palette as it is."""
-    image = Image.open(io.BytesIO(base64.b64decode(png)))
-    if image.mode == "P":
-        return png
-    file = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -48,7 +38,8 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if output.output_type == "execute_result":
                 output.execution_count = executed
             if "image/png" in output.get("data", {}):
-                output.data["image/png"] = with_palette(output.data["image/png"])
+                png = base64.b64decode(output.data["image/png"])
+                output.data["image/png"] = base64.b64encode(with_palette(png)).decode()
             joins = outputs and output.output_type == outputs[-1].output_type == "stream"
             if joins and output.name == outputs[-1].name:
                 outputs[-1].text += output.text
