@@ -185,12 +185,12 @@ def draw_losses(folder: Path):
 
 def main() -> None:
     attention = harness.read_rows(ATTENTION)
-    draw(attention).savefig(ATTENTION.with_suffix(".png"), dpi=150)
-    draw_roofline(attention).savefig(ATTENTION.with_name("attention_roofline.png"), dpi=150)
+    plots.save(draw(attention), ATTENTION.with_suffix(".png"))
+    plots.save(draw_roofline(attention), ATTENTION.with_name("attention_roofline.png"))
     rows = [row for row in harness.read_rows(TRAIN_STEP) if row["training"] == "lora"]
-    draw_train_step(rows).savefig(TRAIN_STEP.with_suffix(".png"), dpi=150)
-    draw_losses(TRAIN_STEP.with_name("sft_tiny")).savefig(TRAIN_STEP.with_name("sft_tiny.png"), dpi=150)
-    draw_parts(rows).savefig(TRAIN_STEP.with_name("train_step_parts.png"), dpi=150)
+    plots.save(draw_train_step(rows), TRAIN_STEP.with_suffix(".png"))
+    plots.save(draw_losses(TRAIN_STEP.with_name("sft_tiny")), TRAIN_STEP.with_name("sft_tiny.png"))
+    plots.save(draw_parts(rows), TRAIN_STEP.with_name("train_step_parts.png"))
 
 
 if __name__ == "__main__":

@@ -195,8 +195,10 @@ def main(arguments: list[str] | None = None) -> None:
     if sum(name == "fp32" for name, _ in losses) > 1:
         print(verdict(losses))
         rate = harness.read_rows(options.output)[-1]["learning_rate"]
+        from gptoss_kernels.course import plots
+
         figure = draw(losses, f"data/tiny-gpt-oss, all weights, learning rate {float(rate):g}")
-        figure.savefig(options.output.with_suffix(".png"), dpi=150)
+        plots.save(figure, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Runs notebooks in place and stores them without what changes from run to run (times, versions of the kernel).
 
+Pictures are stored with a palette of 256 colours: a third of the size, and no difference that one can see in a plot.
+
 python notebooks/refresh.py [notebook.ipynb ...]        default: all of them
 """
 
+import base64
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from gptoss_kernels.course.plots import with_palette
 
 FOLDER = Path(__file__).parent
 METADATA = {
@@ -17,7 +22,8 @@ METADATA = {
 
 
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Strips run times and machine-dependent metadata, joins split streams, numbers cells and their ids by position."""
+    """Strips run times and machine-dependent metadata, joins split streams, numbers cells and their ids by position,
+    stores pictures with a palette."""
     notebook.metadata = nbformat.from_dict(METADATA)
     executed = 0
     for position, cell in enumerate(notebook.cells):
@@ -31,6 +37,9 @@ def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = executed
+            if "image/png" in output.get("data", {}):
+                png = base64.b64decode(output.data["image/png"])
+                output.data["image/png"] = base64.b64encode(with_palette(png)).decode()
             joins = outputs and output.output_type == outputs[-1].output_type == "stream"
             if joins and output.name == outputs[-1].name:
                 outputs[-1].text += output.text

@@ -16,6 +16,18 @@ def test_style_tells_curves_apart_in_any_theme():
         assert plt.rcParams["figure.facecolor"] == plt.rcParams["savefig.facecolor"] == "white"
 
 
+def test_a_saved_figure_has_a_palette_and_looks_the_same(tmp_path):
+    figure, ax = plt.subplots(figsize=(4, 2))
+    ax.plot([0, 1], [0, 1], color=plots.OKABE_ITO[0])
+    figure.savefig(tmp_path / "plain.png", dpi=150)
+    plots.save(figure, tmp_path / "small.png")
+    plt.close()
+    plain, small = ((tmp_path / name).read_bytes() for name in ("plain.png", "small.png"))
+    assert len(small) < len(plain) and plots.with_palette(small) == small
+    shown, kept = (torch.from_numpy(plt.imread(tmp_path / name)[..., :3]) for name in ("plain.png", "small.png"))
+    assert kept.shape == shown.shape and (kept - shown).abs().mean() < 1 / 255
+
+
 def test_attention_map():
     weights = torch.tensor([[0.6, 0.0], [0.2, 0.3]])
     _, ax = plt.subplots()

@@ -14,6 +14,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="notebooks need the course extra")
 pytest.importorskip("nbclient")
+pytest.importorskip("matplotlib", reason="matplotlib is an extra")
 
 sys.path.insert(0, str(Path(__file__).parent))
 from extract import ATTEMPT, FOLDER, NOTEBOOKS, ROOT, cells, functions, is_stub, python, read, solutions  # noqa: E402
