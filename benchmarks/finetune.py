@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
             write_full_documents(path, config.parse(line).training.max_length)
             line.append(f"--dataset_name={path}")
         arguments = config.parse(line)
-        result = train.run(arguments, callbacks=(launches,))
+        result = train.run(arguments, callbacks=(launches,), save=False)
     training, model = arguments.training, arguments.model
     row = {
         "model": model.model_name_or_path,

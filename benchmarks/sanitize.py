@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from gptoss_kernels import flash_attention, fused_experts
 from gptoss_kernels.testing import AttentionCase, ExpertsCase
@@ -109,21 +110,50 @@ def layers() -> None:
 
 
 @gluon.jit
-def store(out, start):
-    i = start + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+def store(out, start, WARPS: gl.constexpr):
+    i = start + gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     gl.store(out + i, i)
 
 
 @gluon.jit
-def hand_over_kernel(out):
-    gl.warp_specialize([(store, (out, 0)), (store, (out, 128))], [4], [24])
+def wait_and_store(out, start, ready, WARPS: gl.constexpr):
+    mbarrier.wait(ready, 0)
+    store(out, start, WARPS)
+
+
+@gluon.jit
+def arrive(ready):
+    mbarrier.arrive(ready, count=1)
+
+
+@gluon.jit
+def full_hand_over_kernel(out):
+    gl.warp_specialize([(store, (out, 0, 4)), (store, (out, 128, 4))], [4], [24])
+
+
+@gluon.jit
+def idle_hand_over_kernel(out):  # three warps of the second group have nothing to do
+    gl.warp_specialize([(store, (out, 0, 4)), (store, (out, 128, 1))], [1], [24])
+
+
+@gluon.jit
+def barrier_hand_over_kernel(out):
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    gl.warp_specialize(
+        [(wait_and_store, (out, 0, ready, 4)), (wait_and_store, (out, 128, ready, 4)), (arrive, (ready,))],
+        [4, 1],
+        [160, 24],
+    )
 
 
 def control() -> None:
-    """A kernel whose warp groups share nothing but what Triton hands over to them."""
-    out = torch.zeros(256, dtype=torch.int32, device="cuda")
-    hand_over_kernel[(1,)](out, num_warps=4)
-    assert out.tolist() == list(range(256))
+    """Kernels whose warp groups share nothing but what Triton hands over to them, and a barrier."""
+    for kernel, stored in ((full_hand_over_kernel, 256), (idle_hand_over_kernel, 160), (barrier_hand_over_kernel, 256)):
+        out = torch.zeros(256, dtype=torch.int32, device="cuda")
+        kernel[(16,)](out, num_warps=4)
+        assert out[:stored].tolist() == list(range(stored)), kernel
+        print(f"ran: {kernel.__name__}")
 
 
 ACCESS = re.compile(r"(?:Read|Write) access at (\w+)\+0x[0-9a-f]+ in (\S+?):(\d+)")

@@ -272,12 +272,13 @@ class Trainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Result:
+def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = (), save: bool = True) -> Result:
     """Trains, and writes the model, its tokenizer, `log.jsonl` and `loss.png` to output_dir.
 
     Args:
         arguments: from `config.parse`.
         callbacks: more of them, for the trainer.
+        save: False leaves the model and its tokenizer out, where only speed and memory matter.
 
     Raises:
         SetupError: whatever can be known to be wrong before the first step.
@@ -346,7 +347,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = ()) -> Re
     steps_evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
     if test_data and trainer.state.global_step not in steps_evaluated:
         trainer.evaluate()
-    trainer.save_result()
+    if save:
+        trainer.save_result()
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     started = training.eval_on_start and evaluations
     result = Result(
