@@ -7,10 +7,11 @@ compute-sanitizer --tool racecheck python -m benchmarks.sanitize control > LOG; 
 Caching of PyTorch's allocator is off, so that a read beside a tensor is one beside its allocation. Lists the kernels
 that ran; the exit code is 2 if one of the package's was not among them.
 
-racecheck takes Triton's own hand-over at a `gl.warp_specialize` for a race: the first warps write what the others are
-to do, all meet at barrier 1, the others read it and all meet again, but at different instructions. `control` runs a
-kernel that does nothing else, so that one sees it. `judge` counts the hazards of that hand-over, and prints all of
-which either access belongs to anything else; the exit code is 1 if there is one.
+racecheck takes Triton's own hand-over at a `gl.warp_specialize` for a race where barriers in shared memory are in use
+as well: the first warps write what the others are to do, all meet at the program's barrier 1, the others read it and
+all meet again. `control` runs three kernels of which nothing but that hand-over writes to shared memory; it reports the
+third, which has such a barrier. `judge` counts the hazards of the hand-over, and prints all of which either access
+belongs to anything else; the exit code is 1 if there is one.
 """
 
 import os

@@ -32,7 +32,7 @@ def route(router_indices: torch.Tensor, experts: int) -> Routing:
 def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Each expert's rows times its matrix: a (rows, n), b (experts, n, m) -> (rows, m), undefined past ends[-1]."""
     if _has_grouped_mm(a):
-        return torch.nn.functional.grouped_mm(a, b, offs=ends)
+        return torch.nn.functional.grouped_mm(_aligned(a), _aligned(b), offs=ends)
     out = a.new_empty(a.shape[0], b.shape[-1])
     for expert, (begin, end) in enumerate(_bounds(ends)):
         torch.matmul(a[begin:end], b[expert], out=out[begin:end])
@@ -42,7 +42,7 @@ def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> tor
 def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Each expert's rows of a transposed times those of b: (rows, n), (rows, m) -> (experts, n, m)."""
     if _has_grouped_mm(a):
-        return torch.nn.functional.grouped_mm(a.transpose(0, 1), b, offs=ends)
+        return torch.nn.functional.grouped_mm(_aligned(a).transpose(0, 1), _aligned(b), offs=ends)
     out = a.new_zeros(ends.shape[0], a.shape[1], b.shape[1])
     for expert, (begin, end) in enumerate(_bounds(ends)):
         if end > begin:
@@ -52,6 +52,12 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch
 
 def _has_grouped_mm(a: torch.Tensor) -> bool:
     return a.is_cuda and a.dtype == torch.bfloat16 and capability(a.get_device()) >= (8, 0)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, copied if it does not begin at a multiple of 16 bytes, as TMA needs: ZeRO-3 gathers weights one behind
+    another, and one before them may have any size."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _bounds(ends: torch.Tensor) -> list[tuple[int, int]]:

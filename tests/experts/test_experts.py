@@ -106,6 +106,29 @@ def test_a_token_does_not_depend_on_its_neighbours():
     torch.testing.assert_close(alone[0], together[5], rtol=1e-6, atol=1e-6)
 
 
+def test_grouped_products_get_aligned_operands(monkeypatch):
+    from gptoss_kernels.experts import routing
+
+    a, b, ends = torch.randn(6, 8), torch.randn(3 * 8 * 16 + 1)[1:].view(3, 8, 16), torch.tensor([1, 1, 6])
+    wanted = routing.grouped_product(a, b, ends), routing.grouped_outer(a, a[:, :3], ends)
+    seen = []
+
+    def grouped_mm(x, y, offs):
+        seen.extend(z.data_ptr() % 16 for z in (x, y))
+        rows = zip([0, *offs[:-1].tolist()], offs.tolist(), strict=True)
+        if y.dim() == 2:
+            return torch.stack([x[:, i:j] @ y[i:j] for i, j in rows])
+        return torch.cat([x[i:j] @ z for (i, j), z in zip(rows, y, strict=True)])
+
+    monkeypatch.setattr(routing, "_has_grouped_mm", lambda a: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm, raising=False)
+    assert b.data_ptr() % 16
+    got = routing.grouped_product(a, b, ends), routing.grouped_outer(a, a[:, :3], ends)
+    assert seen == [0, 0, 0, 0]
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_rows_of_the_sentinel_are_never_read():
     from gptoss_kernels.experts.backward import launch_activation_backward
     from gptoss_kernels.experts.forward import launch_activation, launch_combine

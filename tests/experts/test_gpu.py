@@ -84,3 +84,19 @@ def test_offsets_beyond_int32():
         y = fused_experts(x, *parameters, indices, weights, backend="triton")
         want = experts_reference(x[-64:].double(), *(p.double() for p in parameters), indices[-64:], weights[-64:])
     assert relative_error(y[-64:], want) <= 1e-2
+
+
+def test_weights_that_begin_anywhere():
+    """Parameters that ZeRO-3 gathered begin where the one before ended, which TMA cannot read."""
+    case = ExpertsCase(tokens=64, experts=8, hidden=128, intermediate=64, dtype=torch.bfloat16)
+    inputs, indices = case.inputs("cuda")
+
+    def shifted(x):
+        buffer = x.new_empty(x.numel() + 1)
+        return buffer[1:].view_as(x).copy_(x.detach()).requires_grad_()
+
+    grad = gradient_of(case)
+    moved = [shifted(x) for x in inputs]
+    assert all(x.data_ptr() % 16 for x in moved)
+    for one, other in zip(run(inputs, indices, grad), run(moved, indices, grad), strict=True):
+        assert torch.equal(one, other)
