@@ -60,6 +60,12 @@ def is_sharded(training) -> bool:
     return engine == FSDP or engine == DEEPSPEED and training.deepspeed_plugin.zero_stage == 3
 
 
+def receives_weights(training) -> bool:
+    """Whether FSDP2 sends this process its weights from the first one, so that it has to read none itself."""
+    efficient = _set("FSDP_CPU_RAM_EFFICIENT_LOADING") and os.environ.get("FSDP_VERSION") == "2"
+    return asked_for(training) == FSDP and efficient and training.process_index > 0
+
+
 def numel(p: torch.Tensor) -> int:
     """Elements of a parameter on all processes together."""
     return getattr(p, "ds_numel", p.numel())  # ZeRO-3 leaves an empty tensor where it keeps a part elsewhere

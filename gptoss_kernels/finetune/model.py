@@ -116,6 +116,17 @@ def build_without_weights(
     return model.eval()
 
 
+def build_unfilled(config: PreTrainedConfig, dtype: torch.dtype, **kwargs) -> PreTrainedModel:
+    """As `build_random` on the CPU, with parameters that nobody has written to, which take no memory until then.
+
+    Not on "meta": Accelerate tells the parameters of an optimizer apart by their addresses.
+    """
+    model = _without_weights(config, dtype, False, kwargs)
+    model.to_empty(device="cpu")
+    _compute_buffers(model, "cpu")
+    return model.eval()
+
+
 @torch.no_grad()
 def fill_fsdp2(model: PreTrainedModel, accelerator: Accelerator, seed: int) -> None:
     """Shards a model of `build_without_weights` as Accelerate's FSDP2 would, and gives it `build_random`'s weights.

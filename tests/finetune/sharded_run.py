@@ -45,7 +45,8 @@ def join(launched: dict[str, str], rank: int, processes: int, port: int) -> None
 
 
 def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, port: int) -> dict:
-    """One process of a run. Gives (step, loss, gradient norm) by step, and how many elements it kept of how many."""
+    """One process of a run. Gives (step, loss, gradient norm) by step, how many elements it kept of
+    how many, and how often each process read the checkpoint."""
     join(launched, rank, processes, port)
     from transformers import TrainerCallback
 
@@ -61,10 +62,14 @@ def run(argv: list[str], launched: dict[str, str], rank: int, processes: int, po
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.history = [entry for entry in state.log_history if "loss" in entry]
 
+    read, load = [], train.load_checkpoint
+    train.load_checkpoint = lambda *args, **kwargs: read.append(args) or load(*args, **kwargs)
     watch = Watch()
     train.run(parse(argv), callbacks=(watch,))
     losses = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in watch.history]
-    return {"losses": losses, "kept": watch.kept, "total": watch.total}
+    counts = [None] * processes
+    torch.distributed.all_gather_object(counts, len(read))
+    return {"losses": losses, "kept": watch.kept, "total": watch.total, "read": counts}
 
 
 def without_cpp() -> None:

@@ -28,6 +28,7 @@ deepspeed = pytest.mark.skipif(
 def _child(rank: int, run, arguments: tuple, output: Path) -> None:
     os.environ |= {"TRITON_INTERPRET": "0", "DS_ACCELERATOR": "cpu"}
     sys.stdout = sys.stderr = open(f"{output}.{rank}.txt", "w", encoding="utf-8", buffering=1)
+    torch.set_num_threads(1)  # OpenMP's other threads did not survive the fork, and would be waited for
     try:
         result = run(*arguments, rank)
         if rank == 0:
@@ -197,7 +198,7 @@ def test_a_run_under_fsdp2(checkpoint, dataset, alone, tmp_path):
     folder = tmp_path / "run"
     found = launch("fsdp2.yaml", 2, keys(checkpoint, dataset, folder, 2), folder)
     check_run(found, folder, alone)
-    assert found["kept"] < 0.6 * found["total"]
+    assert found["kept"] < 0.6 * found["total"] and found["read"] == [1, 0]
     assert not list(folder.glob("checkpoint-*/*.safetensors"))
     assert len(list((folder / "checkpoint-2" / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
 
