@@ -162,8 +162,8 @@ ACCESS = re.compile(r"(?:Read|Write) access at (\w+)\+0x[0-9a-f]+ in (\S+?):(\d+
 
 def judge(log: str) -> tuple[Counter, list[str]]:
     """Hazards of Triton's hand-over by kernel, and the others, in what racecheck printed."""
-    sources = {path.name: path.read_text().splitlines() for path in Path(__file__).parents[1].rglob("*.py")
-               if path.parent.name in ("attention", "benchmarks")}  # fmt: skip
+    folders = Path(__file__).parent, Path(__file__).parents[1] / "gptoss_kernels" / "attention"
+    sources = {path.name: path.read_text().splitlines() for folder in folders for path in folder.glob("*.py")}
     handed, others, first = Counter(), [], None
     for line in log.splitlines():
         if (access := ACCESS.search(line)) is None:
