@@ -431,7 +431,9 @@ def main(argv: list[str]) -> int:
         return 0
     options = parse(argv)
     if options.action == "plot":
-        draw(harness.read_rows(options.output)).savefig(options.output.with_suffix(".png"), dpi=150)
+        from gptoss_kernels.course import plots
+
+        plots.save(draw(harness.read_rows(options.output)), options.output.with_suffix(".png"))
         return 0
     if not options.dry_run and torch.cuda.device_count() < options.gpus:
         sys.exit(f"benchmarks/node.py: expected {options.gpus} CUDA GPUs, got {torch.cuda.device_count()}")

@@ -364,7 +364,8 @@ def run(arguments: Arguments, callbacks: tuple[TrainerCallback, ...] = (), save:
         write_log(history, output / "log.jsonl")
         plot_loss(history, output / "loss.png", bigram=bigram)
     sample("after")
-    summarize(result, training.output_dir, attention, say)
+    summarize(result, attention, say)
+    say(f"saved: {training.output_dir} ({'model, tokenizer, ' * save}loss.png, log.jsonl)")
     return result
 
 
@@ -499,7 +500,7 @@ def use_shipped(arguments: Arguments, say) -> None:
         data.dataset_train_split, data.dataset_test_split = "train", "test"
 
 
-def summarize(result: Result, output_dir: str, attention: str, say) -> None:
+def summarize(result: Result, attention: str, say) -> None:
     unit = "nats per token"
     if result.last_loss is not None:
         start = "" if result.first_loss is None else f"{result.first_loss:.4f} at the start, "
@@ -509,4 +510,3 @@ def summarize(result: Result, output_dir: str, attention: str, say) -> None:
             say("WARNING: the held-out loss did not get below the bigram entropy: train longer, or look at the data")
     memory = f"peak memory {result.peak_memory / 2**30:.2f} GiB"
     say(f"speed: {result.tokens_per_second:,.0f} tokens/s, {memory}, {attention}")
-    say(f"saved: {output_dir} (model, tokenizer, loss.png, log.jsonl)")
