@@ -35,8 +35,13 @@ def default_backend(x: torch.Tensor) -> str:
     return "reference"
 
 
+_checked: set[tuple[int, torch.dtype]] = set()  # GPUs and dtypes that Triton serves, so that a call asks once
+
+
 def check_triton(name: str, x: torch.Tensor) -> None:
     """Raises, naming the argument, where backend="triton" cannot compute with tensors like x."""
+    if x.is_cuda and not torch.compiler.is_compiling() and (x.get_device(), x.dtype) in _checked:
+        return
     if not triton_available():
         raise RuntimeError('backend="triton": Triton is not installed; use backend="reference" or "auto"')
     if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
@@ -62,3 +67,5 @@ def check_triton(name: str, x: torch.Tensor) -> None:
                 f"{name}: expected torch.float16 or torch.float32 on {torch.cuda.get_device_name(x.device)} (compute "
                 f"capability {found[0]}.{found[1]} has no bfloat16 matrix units), got torch.bfloat16"
             )
+        if not torch.compiler.is_compiling():
+            _checked.add((x.get_device(), x.dtype))

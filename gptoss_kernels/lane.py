@@ -40,6 +40,17 @@ def triton_mode() -> str | None:
     return "interpreter" if type(language.sum).__name__ == "InterpretedFunction" else "compiler"
 
 
+def check_lane(interpreted: bool) -> None:
+    """Raises RuntimeError where TRITON_INTERPRET has changed since the kernels were decorated for the interpreter, or
+    not for it."""
+    if interpreting() != interpreted:
+        was, now = ("on", "off") if interpreted else ("off", "on")
+        raise RuntimeError(
+            f"TRITON_INTERPRET was {was} when Triton was loaded and is {now} now: a process is one or the other; set "
+            "it before anything imports Triton (transformers' models do), or restart"
+        )
+
+
 def interpreter_problem(triton: str | None = None, numpy: str | None = None) -> str | None:
     """Why Triton's interpreter would fail with these versions (default: the installed ones), with the remedy."""
     triton, numpy = triton or version("triton"), numpy or version("numpy")

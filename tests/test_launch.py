@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptoss_kernels import launch as module
-from gptoss_kernels.launch import launch
+from gptoss_kernels.launch import Prepared, launch, remembered
 
 
 class Kernel:
@@ -50,11 +50,6 @@ def on_gpu(*shape, dtype=torch.float32, offset=0):
     return torch.zeros(64, dtype=dtype)[offset:].as_subclass(OnGPU)
 
 
-def descriptor(length=7, rows=64, dtype=torch.bfloat16):
-    """Looks like a TMA descriptor."""
-    return SimpleNamespace(base=on_gpu(dtype=dtype), shape=[length, 64], block_shape=[rows, 64])
-
-
 @pytest.mark.parametrize(
     "change, compiled",
     [
@@ -69,16 +64,13 @@ def descriptor(length=7, rows=64, dtype=torch.bfloat16):
         ({3: 1}, True),
         ({3: 2**31}, False),
         ({4: 2.5}, True),
-        ({5: descriptor(length=9)}, True),
-        ({5: descriptor(rows=128)}, False),
-        ({5: descriptor(dtype=torch.float16)}, False),
         ({"BLOCK": 32}, False),
         ({"num_warps": 8}, False),
     ],
 )
 def test_like_launches_share_a_kernel(change, compiled):
-    kernel = Kernel(False, False, False, True, False, False)
-    args = [on_gpu(), None, 0, 5, 1.5, descriptor()]
+    kernel = Kernel(False, False, False, True, False)
+    args = [on_gpu(), None, 0, 5, 1.5]
     launch(kernel, (7, 3), tuple(args), {"BLOCK": 16}, num_warps=4)
     assert kernel.calls == [((7, 3), tuple(args), {"BLOCK": 16, "num_warps": 4})]
     named = {"BLOCK": 16, "num_warps": 4}
@@ -95,6 +87,30 @@ def test_memory_of_launches_is_bounded(monkeypatch):
     for stride in range(100):
         launch(kernel, (1,), (on_gpu(), stride), {})
     assert len(module._compiled) <= 10 and len(kernel.calls) == 100
+
+
+@pytest.mark.parametrize("pointers, compiled", [((0, 0), True), ((0, 4), True), ((0, 1), False), ((1, 0), False)])
+def test_prepared_launches_differ_in_alignment_alone(pointers, compiled):
+    kernel, descriptor = Kernel(), object()
+    prepared = Prepared(kernel, (7, 3), (5, 1.5), {"BLOCK": 16}, num_warps=4)
+    first = on_gpu(), on_gpu(), None, descriptor
+    prepared(*first)
+    assert kernel.calls == [((7, 3), (*first, 5, 1.5), {"BLOCK": 16, "num_warps": 4})]
+    again = *(on_gpu(offset=offset) for offset in pointers), None, descriptor
+    for _ in range(2):
+        prepared(*again)
+    ready = ("compiled", (7, 3, 1), (*again, 5, 1.5, 16))
+    through_triton = ((7, 3), (*again, 5, 1.5), {"BLOCK": 16, "num_warps": 4})
+    assert kernel.calls[1:] == [ready if compiled else through_triton, ready]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 10)
+    known, made = {}, []
+    for length in range(100):
+        for _ in range(2):
+            assert remembered(known, length, lambda length=length: made.append(length) or -length) == -length
+    assert made == list(range(100)) and len(known) <= 10
 
 
 def test_kernels_keep_their_constants_last():

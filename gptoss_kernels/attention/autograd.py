@@ -7,7 +7,7 @@ see them as opaque calls with known output shapes.
 import torch
 
 from ..keep import kept
-from ..lane import interpreting, triton_mode
+from ..lane import triton_mode
 from ..operators import implements, unwatched
 from .backward import launch_backward
 from .forward import launch_forward
@@ -26,8 +26,8 @@ torch.library.define("gptoss_kernels::attention_backward", _backward_schema)
 
 def _empty_heads_last(x: torch.Tensor) -> torch.Tensor:
     """Uninitialised, shape (batch, heads, length, head_dim) of x, in memory (batch, length, heads, head_dim)."""
-    batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    _, heads, length, head_dim = x.shape
+    return x.new_empty_strided(x.shape, (heads * length * head_dim, head_dim, heads * head_dim, 1))
 
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -35,18 +35,8 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_lane() -> None:
-    if interpreting() != INTERPRETED:
-        was, now = ("on", "off") if INTERPRETED else ("off", "on")
-        raise RuntimeError(
-            f"TRITON_INTERPRET was {was} when Triton was loaded and is {now} now: a process is one or the other; set "
-            "it before anything imports Triton (transformers' models do), or restart"
-        )
-
-
 @implements("gptoss_kernels::attention_forward")
 def _attention_forward(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
-    _check_lane()
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     out = _empty_heads_last(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -61,14 +51,13 @@ def _attention_forward_fake(q, k, v, sinks, scale, sliding_window, cu_seqlens, k
 
 @implements("gptoss_kernels::attention_backward")
 def _attention_backward(dout, dlse, q, k, v, out, lse, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
-    _check_lane()
     q, k, v, dout = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(dout)
     dq, dk, dv = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
     dsinks = launch_backward(
         dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, scale, sliding_window, cu_seqlens, key_padding_mask,
         INTERPRETED,
     )  # fmt: skip
-    return dq, dk, dv, q.new_empty(0) if sinks is None else dsinks.to(sinks.dtype)
+    return dq, dk, dv, q.new_empty(0) if sinks is None else dsinks
 
 
 @torch.library.register_fake("gptoss_kernels::attention_backward")
@@ -104,7 +93,7 @@ class _TritonAttention(torch.autograd.Function):
 def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
     """Checked arguments in, (out, lse) out: see `gptoss_kernels.flash_attention`."""
     # The kernels read these three without strides; a window's share of a longer padding mask is a view, for one.
-    sinks, cu_seqlens, key_padding_mask = (
+    sinks, cu_seqlens, key_padding_mask = [
         x if x is None else x.contiguous() for x in (sinks, cu_seqlens, key_padding_mask)
-    )
+    ]
     return _TritonAttention.apply(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)

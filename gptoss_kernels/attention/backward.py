@@ -4,13 +4,16 @@ With P = exp(S - lse), lse including the sink: dV = P^T dO, dS = P * (dO V^T - d
 dK = scale dS^T Q, where delta = rowsum(dO * O) - dlse, and dz = -sum over rows of exp(z - lse) delta.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
+from ..lane import check_lane
+from ..launch import Prepared, remembered
 from . import tiles
-from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits
+from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits, tile_rows
 
 
 @triton.jit
@@ -69,6 +72,20 @@ def accumulate_dkdv(
     return dk, dv
 
 
+@triton.jit
+def sum_dsinks(dsinks_partial, dsinks, kv_head, q_heads, batches, blocks, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sinks' gradient of a kv head's group, a head a program, from the row blocks' shares in a fixed order."""
+    offs = tl.arange(0, BLOCK)
+    for member in range(tl.program_id(1), GROUP, tl.num_programs(1)):
+        head = kv_head * GROUP + member
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for batch in range(batches):
+            shares = dsinks_partial + (batch * q_heads + head) * blocks
+            for start in range(0, blocks, BLOCK):
+                total += tl.load(shares + start + offs, mask=start + offs < blocks, other=0.0)
+        tl.store(dsinks + head, tl.sum(total, 0).to(dsinks.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=VARYING)
 def dkdv_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
@@ -79,6 +96,8 @@ def dkdv_kernel(
     delta,
     dk,  # as k
     dv,
+    dsinks_partial,  # (batch, q_heads, blocks) fp32, what dQ has left
+    dsinks,  # (q_heads,), written
     cu_seqlens,
     padding,  # (batch, kv_len) bool
     stride_qb,
@@ -97,6 +116,8 @@ def dkdv_kernel(
     stride_gh,
     stride_gn,
     kv_heads,
+    batches,
+    blocks,
     rows,
     q_len,
     kv_len,
@@ -110,6 +131,7 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_ROWS: tl.constexpr,  # q_len is a multiple of BLOCK_M
+    HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -120,6 +142,9 @@ def dkdv_kernel(
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     start_n = tl.program_id(1) * BLOCK_N
     offset = kv_len - q_len
+    if HAS_SINKS:
+        if batch == 0:
+            sum_dsinks(dsinks_partial, dsinks, kv_head, kv_heads * GROUP, batches, blocks, GROUP, 256)
 
     offs_d = tl.arange(0, BLOCK_D)
     key = start_n + tl.arange(0, BLOCK_N)
@@ -243,7 +268,7 @@ def dq_kernel(
     dlse,  # the same, any strides; read if HAS_DLSE
     lse2,  # (batch, q_heads, rows) fp32, written for dK and dV: lse in base 2; 0 for a row without keys, inf past q_len
     delta,  # the same; 0 past q_len
-    dsinks_partial,  # (batch, q_heads, rows / BLOCK_M) fp32, written
+    dsinks_partial,  # (batch, q_heads, row blocks) fp32, written
     dq,  # as q
     cu_seqlens,
     padding,  # (batch, kv_len) bool
@@ -281,6 +306,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,  # as in the forward kernel
     HAS_SINKS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -289,11 +315,11 @@ def dq_kernel(
     SPLIT: tl.constexpr,
 ):
     # The order of programs is the forward's: heads fastest, longest rows first.
-    batch = (tl.program_id(0) // q_heads).to(tl.int64)
-    head = (tl.program_id(0) % q_heads).to(tl.int64)
-    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    batch = (tl.program_id(0) * HEADS // q_heads).to(tl.int64)
+    head = (tl.program_id(0) * HEADS % q_heads).to(tl.int64)
+    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * (BLOCK_M // HEADS)
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_m, heads = tile_rows(start_m, head, BLOCK_M, HEADS)  # [BLOCK_M]; heads is a number if HEADS is 1
     offs_d = tl.arange(0, BLOCK_D)
     position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
     first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
@@ -301,22 +327,23 @@ def dq_kernel(
     if start_m >= q_len:  # past the queries only lse2 and delta are wanted
         full_end, end = full_begin, 0
 
-    row = offs_m.to(tl.int64)[:, None]
+    row = offs_m.to(tl.int64)
     in_range = offs_m < q_len
     stored = in_range[:, None] & (offs_d[None, :] < HEAD_DIM)
-    q_tile = tl.load(q + batch * stride_qb + head * stride_qh + row * stride_qm + offs_d[None, :], stored, other=0.0)
-    do_tile = tl.load(
-        dout + batch * stride_db + head * stride_dh + row * stride_dm + offs_d[None, :], stored, other=0.0
-    )
-    o_tile = tl.load(out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :], stored, other=0.0)
-    line = batch * q_heads + head
+    query = batch * stride_qb + heads * stride_qh + row * stride_qm  # [BLOCK_M]
+    q_tile = tl.load(q + query[:, None] + offs_d[None, :], stored, other=0.0)
+    query = batch * stride_db + heads * stride_dh + row * stride_dm
+    do_tile = tl.load(dout + query[:, None] + offs_d[None, :], stored, other=0.0)
+    query = batch * stride_ob + heads * stride_oh + row * stride_om
+    o_tile = tl.load(out + query[:, None] + offs_d[None, :], stored, other=0.0)
+    line = batch * q_heads + heads
     row_lse = tl.load(lse + line * q_len + offs_m, in_range, other=float("inf"))
     if HAS_SINKS:
-        z = tl.load(sinks + head).to(tl.float32) * LOG2E
+        z = tl.load(sinks + heads).to(tl.float32) * LOG2E
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BLOCK_M]
     if HAS_DLSE:
-        dlse += batch * stride_lb + head * stride_lh
-        row_delta -= tl.load(dlse + offs_m.to(tl.int64) * stride_lm, in_range, other=0.0).to(tl.float32)
+        dlse += batch * stride_lb + heads * stride_lh
+        row_delta -= tl.load(dlse + row * stride_lm, in_range, other=0.0).to(tl.float32)
     unseeing = row_lse == float("-inf")
     row_lse = tl.where(unseeing, 0.0, row_lse * LOG2E)
     tl.store(delta + line * rows + offs_m, row_delta)
@@ -343,13 +370,14 @@ def dq_kernel(
         acc, q_tile, do_tile, row_lse, row_delta, k, v, padding, position, first, begin,
         end, kv_len, stride_kn, stride_vn, scale * LOG2E, HEAD_DIM, BLOCK_N, BLOCK_D, PADDED, True,
     )  # fmt: skip
-    target = batch * stride_gb + head * stride_gh + row * stride_gm + offs_d[None, :]
-    tl.store(dq + target, (acc * scale).to(dq.dtype.element_ty), mask=stored)
+    query = batch * stride_gb + heads * stride_gh + row * stride_gm
+    tl.store(dq + query[:, None] + offs_d[None, :], (acc * scale).to(dq.dtype.element_ty), mask=stored)
     if HAS_SINKS:
         # lse = -inf only where z is -inf too: a sink that is switched off has no gradient.
         p_sink = tl.where(unseeing, 0.0, tl.exp2(z - row_lse))
-        partial = -tl.sum(p_sink * row_delta, 0)
-        tl.store(dsinks_partial + line * tl.num_programs(1) + tl.program_id(1), partial)
+        shares = tl.sum(tl.reshape(-p_sink * row_delta, [HEADS, BLOCK_M // HEADS]), 1)  # [HEADS]
+        line = batch * q_heads + head + tl.arange(0, HEADS)
+        tl.store(dsinks_partial + line * tl.num_programs(1) + tl.program_id(1), shares)
 
 
 def launch_backward(
@@ -370,57 +398,94 @@ def launch_backward(
     padding: torch.Tensor | None,
     interpreted: bool,
 ) -> torch.Tensor | None:
-    """Fill dq, dk, dv (shapes of q, k, v; dk and dv with the same strides); return the sinks' gradient, fp32."""
+    """Fill dq, dk, dv (shapes of q, k, v; dk and dv with the same strides); return the sinks' gradient, if any."""
+    tensors = dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding
+
+    def prepare():
+        check_lane(interpreted)
+        return _prepare_backward(*tensors, scale, window, interpreted)
+
+    if interpreted:
+        return prepare()(*tensors)
+    key = (
+        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), dout.stride(),
+        None if dlse is None else (dlse.dtype, dlse.stride()), dq.stride(), dk.stride(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()) & 15,
+        None if sinks is None else sinks.dtype, scale, window, None if cu_seqlens is None else cu_seqlens.shape[0],
+        padding is None,
+    )  # fmt: skip
+    return remembered(_prepared, key, prepare)(*tensors)
+
+
+_prepared: dict[tuple, Callable] = {}
+
+
+def _prepare_backward(
+    dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding, scale, window, interpreted
+) -> Callable:
+    """What launches the kernels on tensors like these, and returns the sinks' gradient."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    block_d = triton.next_power_of_2(head_dim)
-
+    group = q_heads // kv_heads
     # A multiple of every block_m, so that each program of dQ, and each tile of dK and dV, is whole.
     rows = triton.cdiv(q_len, tiles.LARGEST_BLOCK) * tiles.LARGEST_BLOCK
-    delta, lse2 = torch.empty(2, batch, q_heads, rows, dtype=torch.float32, device=q.device)
-    partial = None
-
-    def run(kernel, programs, tile, *arguments, **more):
-        constants = dict(
-            GROUP=q_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d,
-            **more, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
-            SPLIT=splits(window),
-        )  # fmt: skip
-        launch(kernel, programs, (*arguments, *numbers), constants, **tile.options)
-
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    numbers = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
+    ends = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
 
-    def launch_dq(tile):
-        nonlocal partial
-        blocks = rows // tile.block_m
-        if sinks is not None:
-            partial = torch.empty(batch, q_heads, blocks, dtype=torch.float32, device=q.device)
-        run(
-            dq_kernel, (batch * q_heads, blocks), tile,
-            q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding, *inputs,
-            *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()), *dq.stride()[:3],
-            q_heads, rows, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None,
+    def constants(tile, **more) -> dict:
+        return dict(
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_D=triton.next_power_of_2(head_dim), **more, HAS_WINDOW=window is not None,
+            PACKED=cu_seqlens is not None, PADDED=padding is not None, SPLIT=splits(window),
         )  # fmt: skip
 
-    def launch_dkdv(tile):
-        run(
-            dkdv_kernel, (batch * kv_heads, triton.cdiv(kv_len, tile.block_n)), tile,
-            q, k, v, dout, lse2, delta, dk, dv, cu_seqlens, padding, *inputs, *dout.stride()[:3], *dk.stride()[:3],
-            kv_heads, rows, EVEN_ROWS=q_len % tile.block_m == 0,
+    def dq_with(tile) -> tuple[Prepared, int]:
+        """The launch of dQ, and the number of row blocks whose shares of the sinks' gradient it leaves."""
+        heads = tile.heads if group % tile.heads == 0 else 1
+        numbers = (
+            *inputs, *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
+            *dq.stride()[:3], q_heads, rows, *ends,
         )  # fmt: skip
+        made = constants(tile, HEADS=heads, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None)
+        blocks = rows * heads // tile.block_m
+        return Prepared(dq_kernel, (batch * q_heads // heads, blocks), numbers, made, **tile.options), blocks
 
+    def dkdv_with(tile, blocks: int) -> Prepared:
+        numbers = (*inputs, *dout.stride()[:3], *dk.stride()[:3], kv_heads, batch, blocks, rows, *ends)
+        made = constants(tile, EVEN_ROWS=q_len % tile.block_m == 0, HAS_SINKS=sinks is not None)
+        grid = (batch * kv_heads, triton.cdiv(kv_len, tile.block_n))
+        return Prepared(dkdv_kernel, grid, numbers, made, **tile.options)
+
+    def select(kernel: str, attempt: Callable) -> tiles.Tile:
+        return tiles.select(kernel, q, not splits(window), interpreted, attempt)
+
+    def run_with(launch_dq, blocks: int, launch_dkdv) -> Callable:
+        def run(dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding):
+            delta, lse2 = lse.new_empty((2, batch, q_heads, rows)).unbind()
+            partial = dsinks = None
+            if sinks is not None:
+                partial, dsinks = lse.new_empty((batch, q_heads, blocks)), torch.empty_like(sinks)
+            launch_dq(q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding)
+            launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding)
+            return dsinks
+
+        return run
+
+    def nothing(*tensors) -> None:
+        pass
+
+    tensors = dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding
     # Short windows leave a Hopper program too little to overlap in dQ (see benchmarks/NOTES.md).
     hopper = None if interpreted else tiles.hopper_kernels(q, k, v, dout, out)
     if hopper is not None and splits(window):
-        partial = hopper.launch_dq(
-            dout, dlse, q, k, v, sinks, out, lse, dq, delta, lse2, scale, window, cu_seqlens, padding
-        )
+        launch_dq, blocks = hopper.prepare_dq(dlse, q, k, sinks, dq, rows, scale, window, cu_seqlens, padding)
     else:
-        launch_dq(tiles.select("dq", q, not splits(window), interpreted, launch_dq))
+        tile = select("dq", lambda tile: run_with(*dq_with(tile), nothing)(*tensors))
+        launch_dq, blocks = dq_with(tile)
     if hopper is not None:
-        hopper.launch_dkdv(dout, q, k, v, dk, dv, delta, lse2, scale, window, cu_seqlens, padding)
+        launch_dkdv = hopper.prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding)
     else:
-        launch_dkdv(tiles.select("dkdv", q, not splits(window), interpreted, launch_dkdv))
-    return None if sinks is None else partial.sum(dim=(0, 2))
+        tile = select("dkdv", lambda tile: run_with(launch_dq, blocks, dkdv_with(tile, blocks))(*tensors))
+        launch_dkdv = dkdv_with(tile, blocks)
+    return run_with(launch_dq, blocks, launch_dkdv)

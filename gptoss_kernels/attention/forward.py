@@ -1,12 +1,15 @@
 """Forward kernel: online softmax over key tiles, the sink being key number -1."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
+from ..lane import check_lane
+from ..launch import Prepared, remembered
 from . import tiles
-from .masks import LOG2E, VARYING, first_key, load_tile, split_keys, splits
+from .masks import LOG2E, VARYING, first_key, load_tile, split_keys, splits, tile_rows
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for "no key yet": finite, so that no difference of two maxima is NaN.
@@ -104,6 +107,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,  # of a kv group in a tile, which share its keys: BLOCK_M rows are so many heads' queries
     HAS_SINKS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -111,19 +115,19 @@ def forward_kernel(
     SPLIT: tl.constexpr,
 ):
     # Heads vary fastest, so that a kv group's heads share K and V in L2; the last rows, the longest, start first.
-    batch = (tl.program_id(0) // q_heads).to(tl.int64)
-    head = (tl.program_id(0) % q_heads).to(tl.int64)
-    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    batch = (tl.program_id(0) * HEADS // q_heads).to(tl.int64)
+    head = (tl.program_id(0) * HEADS % q_heads).to(tl.int64)
+    start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * (BLOCK_M // HEADS)
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_m, heads = tile_rows(start_m, head, BLOCK_M, HEADS)  # [BLOCK_M]; heads is a number if HEADS is 1
     offs_d = tl.arange(0, BLOCK_D)
     position = tl.minimum(offs_m, q_len - 1) + (kv_len - q_len)  # [BLOCK_M]
     first = first_key(position, cu_seqlens, window, documents, search_steps, HAS_WINDOW, PACKED)  # [BLOCK_M]
     begin, full_begin, full_end, end = split_keys(position, first, kv_len, BLOCK_N)
 
-    row = offs_m.to(tl.int64)[:, None]
+    query = batch * stride_qb + heads * stride_qh + offs_m.to(tl.int64) * stride_qm  # [BLOCK_M]
     stored = (offs_m[:, None] < q_len) & (offs_d[None, :] < HEAD_DIM)
-    q_tile = tl.load(q + batch * stride_qb + head * stride_qh + row * stride_qm + offs_d[None, :], stored, other=0.0)
+    q_tile = tl.load(q + query[:, None] + offs_d[None, :], stored, other=0.0)
     k += batch * stride_kb + head // GROUP * stride_kh
     v += batch * stride_vb + head // GROUP * stride_vh
     if PADDED:
@@ -134,7 +138,7 @@ def forward_kernel(
     running_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_SINKS:
-        z = tl.load(sinks + head).to(tl.float32) * LOG2E
+        z = tl.load(sinks + heads).to(tl.float32) * LOG2E
         running_max = tl.maximum(running_max, z)
         running_sum = tl.exp2(z - running_max)
 
@@ -160,9 +164,9 @@ def forward_kernel(
     running_sum = tl.where(empty, 1.0, running_sum)
     acc = acc / running_sum[:, None]
     row_lse = tl.where(empty, float("-inf"), (running_max + tl.log2(running_sum)) * LN2)
-    out_ptrs = out + batch * stride_ob + head * stride_oh + row * stride_om + offs_d[None, :]
-    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + (batch * q_heads + head) * q_len + offs_m, row_lse, mask=offs_m < q_len)
+    row = batch * stride_ob + heads * stride_oh + offs_m.to(tl.int64) * stride_om  # [BLOCK_M]
+    tl.store(out + row[:, None] + offs_d[None, :], acc.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + (batch * q_heads + heads) * q_len + offs_m, row_lse, mask=offs_m < q_len)
 
 
 def launch_forward(
@@ -179,28 +183,52 @@ def launch_forward(
     interpreted: bool,
 ) -> None:
     """Fill out (batch, q_heads, q_len, head_dim), any strides, and lse (batch, q_heads, q_len) fp32 contiguous."""
+    arguments = q, k, v, sinks, out, lse, cu_seqlens, padding
+
+    def prepare():
+        check_lane(interpreted)
+        return _prepare_forward(*arguments, scale, window, interpreted)
+
+    if interpreted:
+        prepare()(*arguments)
+        return
+    key = (
+        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None if sinks is None else sinks.dtype, scale, window,
+        None if cu_seqlens is None else cu_seqlens.shape[0], padding is None,
+    )  # fmt: skip
+    remembered(_prepared, key, prepare)(*arguments)
+
+
+_prepared: dict[tuple, Callable] = {}
+
+
+def _prepare_forward(q, k, v, sinks, out, lse, cu_seqlens, padding, scale, window, interpreted) -> Callable:
+    """What launches the kernel on tensors like these."""
     hopper = None if interpreted or not splits(window) else tiles.hopper_kernels(q, k, v)
     if hopper is not None:
-        hopper.launch_forward(q, k, v, sinks, out, lse, scale, window, cu_seqlens, padding)
-        return
+        return hopper.prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding)
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    group = q_heads // k.shape[1]
+    numbers = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], q_heads, q_len, kv_len, window or 0,
+        documents, documents.bit_length(), scale * LOG2E.value,
+    )  # fmt: skip
+
+    def with_tile(tile) -> Prepared:
+        heads = tile.heads if group % tile.heads == 0 else 1
+        constants = dict(
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, HAS_SINKS=sinks is not None,
+            HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
+            SPLIT=splits(window),
+        )  # fmt: skip
+        grid = (batch * q_heads // heads, triton.cdiv(q_len * heads, tile.block_m))
+        return Prepared(forward_kernel, grid, numbers, constants, **tile.options)
 
     def attempt(tile):
-        arguments = (
-            q, k, v, sinks, out, lse, cu_seqlens, padding,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            q_heads, q_len, kv_len, window or 0, documents, documents.bit_length(), scale * LOG2E.value,
-        )  # fmt: skip
-        constants = dict(
-            GROUP=q_heads // k.shape[1], HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_D=triton.next_power_of_2(head_dim), HAS_SINKS=sinks is not None, HAS_WINDOW=window is not None,
-            PACKED=cu_seqlens is not None, PADDED=padding is not None, SPLIT=splits(window),
-        )  # fmt: skip
-        launch(
-            forward_kernel, (batch * q_heads, triton.cdiv(q_len, tile.block_m)), arguments, constants,
-            **tile.options,
-        )  # fmt: skip
+        with_tile(tile)(q, k, v, sinks, out, lse, cu_seqlens, padding)
 
-    attempt(tiles.select("forward", q, not splits(window), interpreted, attempt))
+    return with_tile(tiles.select("forward", q, not splits(window), interpreted, attempt))

@@ -642,6 +642,22 @@ def dkdv_multiply(
     store_rows(dv, acc_dv, start, kv_len, stride_gn)
 
 
+@gluon.jit
+def sum_dsinks(partial, dsinks, kv_head, q_heads, batches, blocks, GROUP: gl.constexpr):
+    """As in backward.py, in Gluon."""
+    BLOCK: gl.constexpr = 256
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    offs = gl.arange(0, BLOCK, layout=layout)
+    for member in range(gl.program_id(1), GROUP, gl.num_programs(1)):
+        head = kv_head * GROUP + member
+        total = gl.zeros([BLOCK], gl.float32, layout=layout)
+        for batch in range(batches):
+            shares = partial + (batch * q_heads + head).to(gl.int64) * blocks
+            for start in range(0, blocks, BLOCK):
+                total += gl.load(shares + start + offs, mask=start + offs < blocks, other=0.0)
+        gl.store(dsinks + head, gl.sum(total, 0).to(dsinks.dtype.element_ty))
+
+
 @gluon.jit(do_not_specialize=VARYING)
 def dkdv_hopper_kernel(
     dk,  # (batch, kv_heads, kv_len, HEAD_DIM)
@@ -652,12 +668,16 @@ def dkdv_hopper_kernel(
     do_desc,
     lse2_desc,  # of (batch * q_heads, rows) fp32, blocks of BLOCK_M
     delta_desc,
+    partial,  # (batch, q_heads, blocks) fp32, what dQ has left
+    dsinks,  # (q_heads,), written
     cu_seqlens,  # (documents + 1,) int32
     padding,  # (batch, kv_len) bool
     stride_gb,
     stride_gh,
     stride_gn,
     kv_heads,
+    batches,
+    blocks,
     q_len,
     kv_len,
     window,
@@ -667,6 +687,7 @@ def dkdv_hopper_kernel(
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
     PACKED: gl.constexpr,
     PADDED: gl.constexpr,
@@ -694,6 +715,9 @@ def dkdv_hopper_kernel(
     for part in gl.static_range(PARTS):
         async_load(k_desc, [batch, kv_head, start_n + part * WIDTH, 0], ready.index(0), k_smem.index(part))
         async_load(v_desc, [batch, kv_head, start_n + part * WIDTH, 0], ready.index(0), v_smem.index(part))
+    if HAS_SINKS:
+        if batch == 0:
+            sum_dsinks(partial, dsinks, kv_head, kv_heads * GROUP, batches, blocks, GROUP)
 
     shift = batch.to(gl.int64) * stride_gb + kv_head.to(gl.int64) * stride_gh
     if PADDED:

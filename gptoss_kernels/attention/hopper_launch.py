@@ -1,13 +1,14 @@
-"""Launches the kernels of hopper.py and hopper_window.py, where the tensors are such as they take."""
+"""Launches the kernels of hopper.py, where the tensors are such as they take."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import launch
+from ..launch import Prepared
 from . import hopper
 from .masks import LOG2E, splits
 
@@ -50,71 +51,83 @@ def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
     return made
 
 
-def launch_forward(q, k, v, sinks, out, lse, scale, window, cu_seqlens, padding) -> None:
-    """As forward.launch_forward."""
+def _masks(window, cu_seqlens, padding) -> tuple[tuple[int, ...], dict]:
+    """Numbers and constants that say which keys a query sees."""
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    constants = dict(HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None)
+    return (window or 0, documents, documents.bit_length()), constants
+
+
+def _instead(stand_in: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """The tensors; a stand-in, which is not read, for those that are not there."""
+    return [stand_in if x is None else x for x in tensors]
+
+
+def prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding) -> Callable:
+    """What launches the kernel on tensors like these, as forward.py does."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    bounds, masks = _masks(window, cu_seqlens, padding)
     keys = 128 if splits(window) and padding is None else 64  # as many as registers hold
-    arguments = (
-        out, lse, *(_descriptor(x, 1, 1, rows, head_dim) for x, rows in ((q, WIDTH), (k, keys), (v, keys))),
-        *(lse if x is None else x for x in (sinks, cu_seqlens, padding)),  # lse stands in for what is not read
-        *out.stride()[:3], q_heads, q_len, kv_len, window or 0, documents,
-        documents.bit_length(), scale * LOG2E.value,
+    constants = dict(GROUP=q_heads // kv_heads, BLOCK_N=keys, STAGES=STAGES[keys], HAS_SINKS=sinks is not None, **masks)
+    launch = Prepared(
+        hopper.forward_hopper_kernel, (batch * q_heads, triton.cdiv(q_len, TILE)),
+        (*out.stride()[:3], q_heads, q_len, kv_len, *bounds, scale * LOG2E.value), constants, num_warps=4,
     )  # fmt: skip
-    constants = dict(
-        GROUP=q_heads // kv_heads, BLOCK_N=keys, STAGES=STAGES[keys], HAS_SINKS=sinks is not None,
-        HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None, PADDED=padding is not None,
-    )  # fmt: skip
-    grid = (batch * q_heads, triton.cdiv(q_len, TILE))
-    launch(hopper.forward_hopper_kernel, grid, arguments, constants, num_warps=4)
+
+    def run(q, k, v, sinks, out, lse, cu_seqlens, padding):
+        described = _descriptor(q, 1, 1, WIDTH, head_dim), *(_descriptor(x, 1, 1, keys, head_dim) for x in (k, v))
+        launch(out, lse, *described, *_instead(lse, sinks, cu_seqlens, padding))
+
+    return run
 
 
-def launch_dq(
-    dout, dlse, q, k, v, sinks, out, lse, dq, delta, lse2, scale, window, cu_seqlens, padding
-) -> torch.Tensor | None:
-    """Fill dq, and delta and lse2 (batch, q_heads, rows) fp32; return the sinks' gradient by row block.
-
-    rows is a multiple of WIDTH."""
+def prepare_dq(dlse, q, k, sinks, dq, rows, scale, window, cu_seqlens, padding) -> tuple[Callable, int]:
+    """What launches the kernel on tensors like these, as backward.py does, and the number of row blocks whose shares of
+    the sinks' gradient it leaves. rows, of delta and lse2, is a multiple of WIDTH."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = delta.shape[-1]
-    partial = None
-    if sinks is not None:
-        partial = torch.empty(batch, q_heads, rows // WIDTH, dtype=torch.float32, device=q.device)
-    # lse stands in for what is not read.
-    some_dlse, some_partial, *others = (lse if x is None else x for x in (dlse, partial, sinks, cu_seqlens, padding))
-    arguments = (
-        dq, lse, some_dlse, delta, lse2, some_partial, *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)),
-        *(_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)), *others, *dq.stride()[:3], *some_dlse.stride(),
-        q_heads, rows, q_len, kv_len, window or 0, documents, documents.bit_length(), scale,
-    )  # fmt: skip
+    bounds, masks = _masks(window, cu_seqlens, padding)
     constants = dict(
         GROUP=q_heads // kv_heads, BLOCK_N=DQ_KEYS, STAGES=DQ_STAGES, HAS_SINKS=sinks is not None,
-        HAS_DLSE=dlse is not None, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None,
-        PADDED=padding is not None,
+        HAS_DLSE=dlse is not None, **masks,
     )  # fmt: skip
-    # Rows past q_len have delta and lse2 too.
-    launch(hopper.dq_hopper_kernel, (batch * q_heads, triton.cdiv(rows, TILE)), arguments, constants, num_warps=4)
-    return partial
+    strides = (*dq.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()))
+    launch = Prepared(
+        hopper.dq_hopper_kernel, (batch * q_heads, triton.cdiv(rows, TILE)),  # rows past q_len have delta, too
+        (*strides, q_heads, rows, q_len, kv_len, *bounds, scale), constants, num_warps=4,
+    )  # fmt: skip
+
+    def run(q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding):
+        some_dlse, some_partial, *others = _instead(lse, dlse, partial, sinks, cu_seqlens, padding)
+        described = (
+            *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)),
+            *(_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)),
+        )
+        launch(dq, lse, some_dlse, delta, lse2, some_partial, *described, *others)
+
+    return run, rows // WIDTH
 
 
-def launch_dkdv(dout, q, k, v, dk, dv, delta, lse2, scale, window, cu_seqlens, padding) -> None:
-    """Fill dk and dv, which have the same strides, from what launch_dq left in delta and lse2."""
+def prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding) -> Callable:
+    """What launches the kernel on tensors like these, as backward.py does; dk and dv have the same strides."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    arguments = (
-        dk, dv, *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (k, v)),
-        *(_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)),
-        *(_descriptor(x.view(batch * q_heads, -1), 1, DKDV_QUERIES) for x in (lse2, delta)),
-        *(lse2 if x is None else x for x in (cu_seqlens, padding)),  # lse2 stands in for what is not read
-        *dk.stride()[:3], kv_heads, q_len, kv_len, window or 0, documents, documents.bit_length(), scale,
-    )  # fmt: skip
+    bounds, masks = _masks(window, cu_seqlens, padding)
     constants = dict(
-        GROUP=q_heads // kv_heads, BLOCK_M=DKDV_QUERIES, STAGES=DKDV_STAGES, HAS_WINDOW=window is not None,
-        PACKED=cu_seqlens is not None, PADDED=padding is not None,
+        GROUP=q_heads // kv_heads, BLOCK_M=DKDV_QUERIES, STAGES=DKDV_STAGES, HAS_SINKS=sinks is not None, **masks
+    )
+    launch = Prepared(
+        hopper.dkdv_hopper_kernel, (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH)),
+        (*dk.stride()[:3], kv_heads, batch, blocks, q_len, kv_len, *bounds, scale), constants, num_warps=4,
     )  # fmt: skip
-    grid = (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH))
-    launch(hopper.dkdv_hopper_kernel, grid, arguments, constants, num_warps=4)
+
+    def run(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding):
+        described = (
+            *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (k, v)),
+            *(_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)),
+            *(_descriptor(x.view(batch * q_heads, -1), 1, DKDV_QUERIES) for x in (lse2, delta)),
+        )
+        launch(dk, dv, *described, *_instead(lse2, partial, dsinks, cu_seqlens, padding))
+
+    return run

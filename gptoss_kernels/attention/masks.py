@@ -11,7 +11,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Integers that change from batch to batch. Triton would compile a kernel anew for 1 and for each multiple of 16 or not.
-VARYING = ["q_len", "kv_len", "window", "documents", "search_steps"]
+VARYING = ["q_len", "kv_len", "window", "documents", "search_steps", "batches", "blocks"]
 
 
 def splits(window: int | None) -> bool:
@@ -56,6 +56,16 @@ def query_end(
         _, stop = document_bounds(cu_seqlens, key, documents, search_steps)
         end = tl.minimum(end, stop)
     return end
+
+
+@triton.jit
+def tile_rows(start, head, BLOCK_M: tl.constexpr, HEADS: tl.constexpr):
+    """Query and head of each row of a tile: HEADS heads of a kv group from `head` on, so many queries of each."""
+    row = tl.arange(0, BLOCK_M)
+    query, heads = start + row, head
+    if HEADS > 1:
+        query, heads = start + row % (BLOCK_M // HEADS), head + row // (BLOCK_M // HEADS)
+    return query, heads
 
 
 @triton.jit

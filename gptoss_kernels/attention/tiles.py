@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None  # registers a thread may take, where fewer let one more program onto a multiprocessor
+    heads: int = 1  # of a kv group that share a tile's rows and keys, where it divides the group; not in dkdv
 
     @property
     def options(self) -> dict:
@@ -67,7 +68,7 @@ FULL_PRECISION = Tile(32, 32, 8, 1)
 FULL_PRECISION_TURING = Tile(16, 16, 4, 1)  # 64 KiB of shared memory
 
 # The interpreter takes the same time for a program whatever its tile; 32 still gives tests several tiles.
-INTERPRETER = Tile(32, 32, 4, 1)
+INTERPRETER = Tile(32, 32, 4, 1, heads=2)
 
 LARGEST_BLOCK = 128  # no tile has more rows; a multiple of all block_m
 
@@ -79,6 +80,7 @@ CANDIDATES = [
     for stages in (1, 2, 3, 4)
     if m * n >= 2048
 ]
+SHARED = (1, 2, 4, 8)  # heads of a tile, where a window leaves each few keys
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -131,15 +133,15 @@ def select(kernel: str, q: torch.Tensor, windowed: bool, interpreted: bool, laun
         return table_tile(arch, kernel, q.shape[-1], q.dtype, windowed)
     key = (arch, kernel, q.shape[-1], q.dtype, windowed)
     if key not in _tuned:
-        _tuned[key] = _search(key, launch)
+        _tuned[key] = _search(key, SHARED if windowed and kernel != "dkdv" else (1,), launch)
     return _tuned[key]
 
 
-def _search(key: tuple, launch) -> Tile:
+def _search(key: tuple, heads: tuple[int, ...], launch) -> Tile:
     import triton
 
     best, best_ms = None, float("inf")
-    for tile in CANDIDATES:
+    for tile in [tile._replace(heads=number) for tile in CANDIDATES for number in heads]:
         try:
             ms = triton.testing.do_bench(lambda tile=tile: launch(tile), warmup=5, rep=20, return_mode="median")
         except triton.runtime.errors.OutOfResources:

@@ -26,6 +26,7 @@ ADAMW = {"adamw_kernel"}
 EXPERTS = {
     "activation_kernel", "combine_kernel", "activation_backward_kernel", "expert_sum_kernel", "add_low_rank_kernel",
 }  # fmt: skip
+NUMBERS = ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps", "batches", "blocks")
 FEATURES = {
     "full": {},
     "window": {"HAS_WINDOW": True, "SPLIT": False},
@@ -49,7 +50,7 @@ def package_kernels() -> dict:
 def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dtype, features: dict) -> dict:
     constants = dict(
         GROUP=8, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=tile.block_n, HEADS=tile.heads,
         HAS_SINKS=True, HAS_DLSE=False, EVEN_ROWS=True,
         HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True,
     ) | features  # fmt: skip
@@ -69,7 +70,7 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
             arguments[name] = "i32:16"
         elif name == "rows":
             arguments[name] = "i32:16"
-        elif name in ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps"):
+        elif name in NUMBERS:
             arguments[name] = "i32"
         else:
             arguments[name] = dtype
@@ -87,8 +88,7 @@ def hopper_arguments(kernel, dtype: torch.dtype, features: dict) -> dict:
     else:
         keys = launch.DQ_KEYS
         constants |= dict(BLOCK_N=keys, STAGES=launch.DQ_STAGES if "dq" in kernel.arg_names else launch.DKDV_STAGES)
-    numbers = ("q_heads", "kv_heads", "q_len", "kv_len", "window", "documents", "search_steps")
-    known = constants | dict.fromkeys(numbers, "i32") | dict(rows="i32:16", scale="fp32", qk_scale="fp32")
+    known = constants | dict.fromkeys(NUMBERS, "i32") | dict(rows="i32:16", scale="fp32", qk_scale="fp32")
     known |= dict.fromkeys(("lse", "lse2", "delta", "dlse", "partial"), torch.float32)
     known |= dict(cu_seqlens=torch.int32 if features["PACKED"] else torch.float32)
     known |= dict(padding=torch.bool if features["PADDED"] else torch.float32)
