@@ -2,11 +2,14 @@
 
 python benchmarks/host.py                      rows to results/host.csv
 
-128 tokens of gpt-oss's heads, so that the GPU is always done before the next call; wall time from call to return,
-median of 200. No call waits for the GPU (the GPU tests see to that).
+128 tokens of gpt-oss's heads; wall time from call to return. "forward" and "backward" are single calls after the GPU
+has been waited for, median of 200: what a call costs that finds nothing of itself in the CPU's caches. "loop" is a call
+of 50 in a row, the same one, median of 20 loops; fewer kernels than the GPU's queue takes, so that none waits for it.
+torch.add, one kernel without autograd, shows what the host itself takes.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,10 +19,10 @@ import torch
 from benchmarks import harness
 from gptoss_kernels import flash_attention, fused_experts
 
-COLUMNS = ["call", "forward_us", "backward_us", "forward_p80_us", "backward_p80_us",
-           "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
-SHOWN = COLUMNS[:5]
-TOKENS = 128
+COLUMNS = ["call", "forward_us", "backward_us", "forward_p80_us", "backward_p80_us", "forward_loop_us",
+           "backward_loop_us", "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
+SHOWN = COLUMNS[:7]
+TOKENS, LOOP = 128, 50
 
 
 def cases() -> dict:
@@ -47,6 +50,7 @@ def cases() -> dict:
         "RMSNorm": lambda: (rms_norm(x, weight, 1e-5), (x,)),
         "RoPE": lambda: (apply_rope(q, k, table, table), (q, k)),
         "linear with LoRA": lambda: (lora_linear(x, square, bias, a, b, 2.0), (x, a, b)),
+        "torch.add": lambda: (torch.add(weight, weight), ()),
     }
 
 
@@ -61,12 +65,35 @@ def measure(call, rounds: int) -> tuple[list[float], list[float]]:
         grads = tuple(torch.ones_like(x) for x in (result if isinstance(result, tuple) else (result,)))
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        torch.autograd.grad(result, leaves, grads)
+        if leaves:
+            torch.autograd.grad(result, leaves, grads)
         end = time.perf_counter()
         if index >= 20:
             forward.append((middle - start) * 1e6)
             backward.append((end - begin) * 1e6)
     return forward, backward
+
+
+def loop(call, loops: int = 20) -> float:
+    """Microseconds of a call of LOOP in a row, the GPU waited for between loops alone."""
+    times = []
+    for index in range(loops + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(LOOP):
+            call()
+        if index >= 2:
+            times.append((time.perf_counter() - start) * 1e6 / LOOP)
+    return statistics.median(times)
+
+
+def measure_loops(call) -> tuple[float, float | None]:
+    """Forward alone, and backward alone of one forward pass; None where there is no backward pass."""
+    result, leaves = call()
+    if not leaves:
+        return loop(call), None
+    grads = tuple(torch.ones_like(x) for x in (result if isinstance(result, tuple) else (result,)))
+    return loop(call), loop(lambda: torch.autograd.grad(result, leaves, grads, retain_graph=True))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,9 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for name, call in cases().items():
         (forward, _, forward_p80), (backward, _, backward_p80) = map(harness.percentiles, measure(call, options.rounds))
+        forward_loop, backward_loop = measure_loops(call)
         times = {"forward_us": forward, "backward_us": backward, "forward_p80_us": forward_p80,
-                 "backward_p80_us": backward_p80}  # fmt: skip
-        rows.append({"call": name} | {key: round(value, 1) for key, value in times.items()} | origin)
+                 "backward_p80_us": backward_p80, "forward_loop_us": forward_loop,
+                 "backward_loop_us": backward_loop}  # fmt: skip
+        if backward_loop is None:
+            times |= dict.fromkeys(("backward_us", "backward_p80_us"))
+        times = {key: value if value is None else round(value, 1) for key, value in times.items()}
+        rows.append({"call": name} | times | origin)
     harness.append_rows(options.output, COLUMNS, rows)
     print(f"\n{harness.table(SHOWN, rows)}\n\n{len(rows)} rows appended to {options.output}")
 
