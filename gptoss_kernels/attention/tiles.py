@@ -55,11 +55,14 @@ TABLE = {
     ("small", "dkdv"): [(64, Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)), (128, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))],
     ("small", "dq"): [(64, Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)), (128, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))],
     ("hopper", "forward"): [
-        (64, Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, Tile(128, 64, 4, 3), Tile(64, 32, 4, 3, heads=4)),
         (128, Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
     ],
     ("hopper", "dkdv"): [(64, Tile(32, 64, 4, 4), Tile(32, 64, 4, 2)), (128, Tile(32, 64, 4, 2), Tile(32, 64, 4, 2))],
-    ("hopper", "dq"): [(64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 96)), (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))],
+    ("hopper", "dq"): [
+        (64, Tile(64, 32, 4, 3), Tile(64, 32, 4, 3, 96, heads=2)),
+        (128, Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ],
 }
 TABLE |= {("blackwell", kernel): TABLE["hopper", kernel] for kernel in ("forward", "dkdv", "dq")}
 
