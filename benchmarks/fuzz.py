@@ -8,8 +8,8 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from random import Random
 
@@ -42,25 +42,48 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(seeds: range, longest: int, until: float) -> tuple[Counter, float, list[str]]:
+def draw(seed: int, longest: int):
+    """The call of a seed, of the experts for every fourth."""
+    from gptoss_kernels import fuzz
+
+    gpu = torch.cuda.is_available()
+    if seed % 4 == 3:
+        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * gpu
+        return fuzz.draw_experts(Random(seed), longest, dtypes)
+    return fuzz.draw_attention(Random(seed), longest, fuzz.GPU_SHAPES if gpu else fuzz.INTERPRETER_SHAPES)
+
+
+def kernels(call) -> tuple:
+    """What tells which kernels a call needs, roughly: calls that are alike share their compilation."""
+    case = call.case
+    if hasattr(case, "experts"):
+        return "experts", case.dtype, case.hidden, case.intermediate
+    return case.head_dim, case.dtype, case.q_heads, case.sinks, bool(case.window), bool(case.documents)
+
+
+def chunks(seeds: range, longest: int) -> list[list[int]]:
+    """Seeds in groups, each for one process: no group is large, and few have their kernels in common with others."""
+    alike = defaultdict(list)
+    for seed in seeds:
+        alike[kernels(draw(seed, longest))].append(seed)
+    return [group[i : i + 200] for group in alike.values() for i in range(0, len(group), 200)]
+
+
+def run(seeds: list[int], longest: int, until: float) -> tuple[Counter, float, list[str]]:
     """(cases done by kind, largest error as a share of what is allowed, failures) of some seeds."""
     from gptoss_kernels import fuzz
 
     gpu = torch.cuda.is_available()
-    device, shapes = ("cuda", fuzz.GPU_SHAPES) if gpu else ("cpu", fuzz.INTERPRETER_SHAPES)
-    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * gpu
+    device = "cuda" if gpu else "cpu"
     torch.set_num_threads(1)
     done, worst, failures = Counter(), 0.0, []
     for seed in seeds:
         if time.time() > until:
             break
-        random = Random(seed)
         kind = "experts" if seed % 4 == 3 else "attention"
+        check = fuzz.check_experts if kind == "experts" else fuzz.check_attention
         try:
-            if kind == "experts":
-                share = fuzz.check_experts(fuzz.draw_experts(random, longest, dtypes), device)
-            else:
-                share = fuzz.check_attention(fuzz.draw_attention(random, longest, shapes), device)
+            share = check(draw(seed, longest), device)
             worst = max(worst, share)
         except Exception as error:  # whatever a kernel or its check raises is a finding
             failures.append(f"seed {seed}: {type(error).__name__}: {error}")
@@ -73,21 +96,17 @@ def run(seeds: range, longest: int, until: float) -> tuple[Counter, float, list[
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     start, until = time.perf_counter(), time.time() + options.seconds
-    chunks = [
-        range(first, min(first + 25, options.first + options.cases))
-        for first in range(options.first, options.first + options.cases, 25)
-    ]
+    groups = chunks(range(options.first, options.first + options.cases), options.longest)
     done, worst, failures = Counter(), 0.0, []
-    # Each process compiles what it meets first; Triton's cache on the disk gives it to the others.
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        for number, (counts, share, bad) in enumerate(
-            pool.map(run, chunks, [options.longest] * len(chunks), [until] * len(chunks))
-        ):
+        jobs = [pool.submit(run, group, options.longest, until) for group in groups]
+        for number, job in enumerate(as_completed(jobs)):
+            counts, share, bad = job.result()
             done += counts
             worst = max(worst, share)
             failures += bad
             print("\n".join(bad), end="\n" if bad else "", flush=True)
-            if number % 40 == 39:
+            if number % 10 == 9:
                 print(f"{done.total():,} cases, {len(failures)} failures", file=sys.stderr, flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     row = {

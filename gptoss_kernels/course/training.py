@@ -113,12 +113,13 @@ class Live(TrainerCallback):
             print(f"step {state.global_step:3}  loss {float(logs['loss']):.3f}", file=self.screen)
 
 
-def finetune(options: Sequence[str], *, download: bool = False) -> Result:
+def finetune(options: Sequence[str], *, download: bool = False, save: bool = True) -> Result:
     """Trains as sft.py does; of what that prints, the loss and what is trained.
 
     Args:
         options: sft.py's command line.
         download: whether a model that is not here may be fetched.
+        save: False leaves the model out of what is written, where speed and memory are all that is asked for.
 
     Raises:
         RuntimeError: the model is no folder here, and neither random weights nor a download were asked for.
@@ -131,7 +132,7 @@ def finetune(options: Sequence[str], *, download: bool = False) -> Result:
     arguments.run.sample_prompt = None
     live = Live()
     with contextlib.redirect_stdout(said):
-        result = run(arguments, callbacks=(live,))
+        result = run(arguments, callbacks=(live,), save=save)
     print(*(line for line in said.getvalue().splitlines() if line.startswith(("model:", "trained:"))), sep="\n")
     gc.collect()  # the trainer holds itself, and with it the model
     return result
