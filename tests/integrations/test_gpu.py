@@ -55,7 +55,7 @@ def test_greedy_generation_gives_eagers_tokens(gpu_model, tokens):
 
 
 def test_bfloat16_is_as_close_to_fp32_as_eager(gpu_model, tokens):
-    ids = tokens(1, 300).cuda()
+    ids = tokens(16, 300).cuda()  # 300 alone: medians of two right ways, on a CPU, are 0.88 to 1.17 apart
     exact = logits(gpu_model, ids)
     half = random_gpt_oss(seed=1, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
