@@ -2,9 +2,14 @@
 
 import importlib.util
 import os
+import sys
 
-import pytest
-import torch
+# Many containers forbid bytecode. Then each process that a test starts compiles torch and transformers for ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Triton reads this when kernels are decorated, so it must stand before any test module is imported.
 if not torch.cuda.is_available():
@@ -12,7 +17,7 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton"):
     import triton  # noqa: F401  (its own functions are decorated here, before a test asks for another lane)
 
-from gptoss_kernels.lane import interpreter_problem
+from gptoss_kernels.lane import interpreter_problem  # noqa: E402
 
 # The training extra may be missing, as on a machine that only runs the GPU lane.
 collect_ignore = [] if importlib.util.find_spec("trl") else ["tests/finetune"]

@@ -22,7 +22,7 @@ class Environment:
     """What `setup` found and chose.
 
     lane: "gpu", "interpreter" or "reference"; device and dtype: where and in what the notebook computes;
-    name: the device's; memory_gib: its memory (None where the system does not say).
+    name: the device's; memory_gib: its memory, host_gib: the host's (None where the system does not say).
     """
 
     lane: str
@@ -30,6 +30,7 @@ class Environment:
     dtype: torch.dtype
     name: str
     memory_gib: float | None
+    host_gib: float | None = None
 
     def pick(self, *, cpu: Any, gpu: Any) -> Any:
         """`gpu` on a GPU, otherwise `cpu`: for sizes that a CPU cannot afford."""
@@ -97,16 +98,19 @@ def _choose_lane() -> str:
     return "interpreter"
 
 
+def _host_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
 def _describe(lane: str) -> Environment:
     if lane == "gpu":
         properties = torch.cuda.get_device_properties(0)
         # Turing (7.5) has no bfloat16 matrix units.
         dtype = torch.bfloat16 if properties.major >= 8 else torch.float16
         name = f"{properties.name} (compute capability {properties.major}.{properties.minor})"
-        return Environment(lane, torch.device("cuda"), dtype, name, properties.total_memory / 2**30)
-    try:
-        memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        memory_gib = None
+        return Environment(lane, torch.device("cuda"), dtype, name, properties.total_memory / 2**30, _host_gib())
     name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    return Environment(lane, torch.device("cpu"), torch.float32, name, memory_gib)
+    return Environment(lane, torch.device("cpu"), torch.float32, name, _host_gib(), _host_gib())

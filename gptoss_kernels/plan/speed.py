@@ -62,7 +62,7 @@ EFFICIENCY = {
     "optimizer": Share(0.35, "bandwidth", f"{_FULL}, ours:lean, H200: others, less what grows with tokens"),
     "bandwidth, H200": Share(0.70, "itself", f"{_FULL}, ours:lean: kernels are not faster than on an H100"),
     "GPU to GPU": Share(0.7, "link", NO_ROW),
-    "GPU to host": Share(0.8, "PCIe", NO_ROW),
+    "GPU to host": Share(0.72, "PCIe", "finetune.csv 6219156, on_host=1, both ways at once"),
 }
 OTHERS_MS = 0.175  # of a layer, at any length
 # Rows of an expert at which grouped products run at half of their share, and how steep that is: measured from 128
@@ -71,7 +71,11 @@ ROWS_HALF, ROWS_POWER = 190, 1.57
 # What the host takes for a layer, and for its recomputation; it bounds short steps. ours:auto and ours:lean at 4,096
 # tokens on the machine of train_step.csv 0a64a63: hosts differ by a factor of two (benchmarks/NOTES.md).
 HOST_MS, HOST_RECOMPUTE_MS = 8.0, 2.9
-# Bytes a second each way, generation 5 with 16 lanes; source: PCI-SIG, less its framing. Both ways at once: assumed.
+# How often a sharded step moves all weights through a GPU's memory, beside what it needs without sharding: gathered
+# ones are copied out, gradients copied in, clipped. FSDP2, node.csv a48d5c2, 4,096 tokens, less the parts above;
+# DeepSpeed's ZeRO-3 takes 46.
+SHARDING_PASSES = 15
+# Bytes a second each way, generation 5 with 16 lanes; source: PCI-SIG, less its framing.
 PCIE = 55e9
 
 
@@ -191,6 +195,10 @@ def step_time(config, settings: Settings, memory: Memory, gpu: str = "H100") -> 
         each = 2 * size + size + 2 * state_bytes(settings.optim, size, settings.masters)
         add("optimizer", shapes.parameters * each / settings.gpus)
         assumed = not settings.optim.startswith("adamw_8bit_sr")
+
+    if settings.sharded:
+        moved = settings.accumulation * SHARDING_PASSES * shapes.parameters * size
+        ms["gathering and spreading"] = 1e3 * moved / bandwidth
 
     bounds = {"GPU": sum(ms.values()), "host": settings.accumulation * (count * HOST_MS + whole * HOST_RECOMPUTE_MS)}
     if settings.sharded:

@@ -99,7 +99,8 @@ def test_time_of_the_gpu_within_a_tenth_of_measured_steps():
 
 
 def test_attention_within_a_quarter_of_its_newest_rows():
-    newest = [row for row in rows("attention.csv") if row["contender"] == "ours" and row["documents"] == "1"][-8:]
+    ours = [row for row in rows("attention.csv") if row["contender"] == "ours" and row["documents"] == "1"]
+    newest = [row for row in ours if "H100" in row["gpu"]][-8:]  # what the plan assumes if nothing is said
     config = load_config("gpt-oss-20b")
     for tokens in {row["tokens"] for row in newest}:
         settings = Settings(context=int(tokens), kept=(24, 24, 24))

@@ -35,7 +35,7 @@ def _run_backward(dout, q, k, v, sinks, out, lse, scale, window):
     dsinks = launch_backward(
         dout, None, q, k, v, sinks, out, lse, dq, dk, dv, scale, window, None, None, lane.interpreting()
     )
-    return dq, dk, dv, dsinks.to(sinks.dtype)
+    return dq, dk, dv, dsinks
 
 
 # ---------------------------------------------------------------------------------------------- the Function's backward
