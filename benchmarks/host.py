@@ -5,7 +5,7 @@ python benchmarks/host.py                      rows to results/host.csv
 128 tokens of gpt-oss's heads; wall time from call to return. "forward" and "backward" are single calls after the GPU
 has been waited for, median of 200: what a call costs that finds nothing of itself in the CPU's caches. "loop" is a call
 of 50 in a row, the same one, median of 20 loops; fewer kernels than the GPU's queue takes, so that none waits for it.
-torch.add, one kernel without autograd, shows what the host itself takes.
+torch.add, one kernel without autograd, and a Function that launches nothing show what the host itself takes.
 """
 
 import argparse
@@ -23,6 +23,19 @@ COLUMNS = ["call", "forward_us", "backward_us", "forward_p80_us", "backward_p80_
            "backward_loop_us", "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
 SHOWN = COLUMNS[:7]
 TOKENS, LOOP = 128, 50
+
+
+class Nothing(torch.autograd.Function):
+    """Attention's inputs and outputs, and no kernel."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks):
+        ctx.save_for_backward(q, k, v, sinks)
+        return q.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors
 
 
 def cases() -> dict:
@@ -50,6 +63,7 @@ def cases() -> dict:
         "RMSNorm": lambda: (rms_norm(x, weight, 1e-5), (x,)),
         "RoPE": lambda: (apply_rope(q, k, table, table), (q, k)),
         "linear with LoRA": lambda: (lora_linear(x, square, bias, a, b, 2.0), (x, a, b)),
+        "a Function alone": lambda: (Nothing.apply(q, k, v, sinks), (q, k, v, sinks)),
         "torch.add": lambda: (torch.add(weight, weight), ()),
     }
 
