@@ -5,7 +5,7 @@
 
 data/tiny-gpt-oss, all weights, on data/reasoning, at a learning rate at which most updates are below the resolution of
 bf16 weights:
-  fp32     fp32 weights and torch's AdamW, three seeds (of the order of the data): the band to be in
+  fp32     fp32 weights and torch's AdamW, three seeds or more (of the order of the data): the band to be in
   nearest  bf16 weights and torch's AdamW, which rounds them to nearest
   ours     bf16 weights and optim adamw_8bit_sr_in_backward, with moments in 8 bits from 4,096 elements on, so that
            they hold for as great a share of this small model as of gpt-oss-20b
