@@ -407,6 +407,7 @@ def launch_backward(
 
     if interpreted:
         return prepare()(*tensors)
+    # Alignment decides between kernels here; within one, Prepared looks at each pointer's.
     key = (
         q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), dout.stride(),
         None if dlse is None else (dlse.dtype, dlse.stride()), dq.stride(), dk.stride(),
@@ -442,7 +443,7 @@ def _prepare_backward(
 
     def dq_with(tile) -> tuple[Prepared, int]:
         """The launch of dQ, and the number of row blocks whose shares of the sinks' gradient it leaves."""
-        heads = tile.heads if group % tile.heads == 0 else 1
+        heads = tile.heads_of(group)
         numbers = (
             *inputs, *out.stride()[:3], *dout.stride()[:3], *((0, 0, 0) if dlse is None else dlse.stride()),
             *dq.stride()[:3], q_heads, rows, *ends,

@@ -192,6 +192,7 @@ def launch_forward(
     if interpreted:
         prepare()(*arguments)
         return
+    # Alignment decides between kernels here; within one, Prepared looks at each pointer's.
     key = (
         q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None if sinks is None else sinks.dtype, scale, window,
@@ -218,7 +219,7 @@ def _prepare_forward(q, k, v, sinks, out, lse, cu_seqlens, padding, scale, windo
     )  # fmt: skip
 
     def with_tile(tile) -> Prepared:
-        heads = tile.heads if group % tile.heads == 0 else 1
+        heads = tile.heads_of(group)
         constants = dict(
             GROUP=group, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_D=triton.next_power_of_2(head_dim), HEADS=heads, HAS_SINKS=sinks is not None,

@@ -28,6 +28,10 @@ class Tile(NamedTuple):
         options = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
         return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
 
+    def heads_of(self, group: int) -> int:
+        """Heads of a kv group of this size that share a tile."""
+        return self.heads if group % self.heads == 0 else 1
+
 
 # Compute capability -> class. What separates the classes here is shared memory a block and the matrix units:
 # 64 KiB (T4); 163 KiB (A100); 99 KiB (A10, L4, RTX); 227 KiB with wgmma (H100) or tcgen05 (B200).
