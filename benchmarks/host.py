@@ -4,11 +4,14 @@ python benchmarks/host.py                      rows to results/host.csv
 
 128 tokens of gpt-oss's heads; wall time from call to return. "forward" and "backward" are single calls after the GPU
 has been waited for, median of 200: what a call costs that finds nothing of itself in the CPU's caches. "loop" is a call
-of 50 in a row, the same one, median of 20 loops; fewer kernels than the GPU's queue takes, so that none waits for it.
-torch.add, one kernel without autograd, and a Function that launches nothing show what the host itself takes.
+of 50 in a row, the same one, median of 20 loops; "layers" is a call of 24 in a row as a model makes them, each on the
+last one's result and then one backward pass through all of them. Fewer kernels than the GPU's queue takes, so that none
+waits for it. torch.add, one kernel without autograd, and a Function that launches nothing show what the host itself
+takes.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -20,9 +23,13 @@ from benchmarks import harness
 from gptoss_kernels import flash_attention, fused_experts
 
 COLUMNS = ["call", "forward_us", "backward_us", "forward_p80_us", "backward_p80_us", "forward_loop_us",
-           "backward_loop_us", "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
-SHOWN = COLUMNS[:7]
-TOKENS, LOOP = 128, 50
+           "backward_loop_us", "forward_layers_us", "backward_layers_us",
+           "gpu", "cpu", "torch", "triton", "transformers", "date", "commit"]  # fmt: skip
+SHOWN = COLUMNS[:9]
+TOKENS, LOOP, LAYERS = 128, 50, 24
+CHAINED = (
+    "attention, full", "attention, window 128", "attention, packed", "experts", "RMSNorm", "a Function alone",
+)  # fmt: skip
 
 
 class Nothing(torch.autograd.Function):
@@ -39,7 +46,7 @@ class Nothing(torch.autograd.Function):
 
 
 def cases() -> dict:
-    """Name -> function without arguments that gives (result, leaves)."""
+    """Name -> (function of the leaves, the leaves)."""
     from gptoss_kernels.layers.lora import lora_linear
     from gptoss_kernels.layers.rms_norm import rms_norm
     from gptoss_kernels.layers.rope import apply_rope
@@ -55,26 +62,27 @@ def cases() -> dict:
     choice, share = torch.randint(0, 4, (TOKENS, 4), device="cuda"), draw(TOKENS, 4).softmax(-1).detach()
     share.requires_grad_()
     starts = torch.tensor([0, 50, TOKENS], dtype=torch.int32, device="cuda")
+    attention = (q, k, v, sinks)
     return {
-        "attention, full": lambda: (flash_attention(q, k, v, sinks), (q, k, v, sinks)),
-        "attention, window 128": lambda: (flash_attention(q, k, v, sinks, sliding_window=128), (q, k, v, sinks)),
-        "attention, packed": lambda: (flash_attention(q, k, v, sinks, cu_seqlens=starts), (q, k, v, sinks)),
-        "experts": lambda: (fused_experts(x, *experts, choice, share), (x, share)),
-        "RMSNorm": lambda: (rms_norm(x, weight, 1e-5), (x,)),
-        "RoPE": lambda: (apply_rope(q, k, table, table), (q, k)),
-        "linear with LoRA": lambda: (lora_linear(x, square, bias, a, b, 2.0), (x, a, b)),
-        "a Function alone": lambda: (Nothing.apply(q, k, v, sinks), (q, k, v, sinks)),
-        "torch.add": lambda: (torch.add(weight, weight), ()),
+        "attention, full": (flash_attention, attention),
+        "attention, window 128": (functools.partial(flash_attention, sliding_window=128), attention),
+        "attention, packed": (functools.partial(flash_attention, cu_seqlens=starts), attention),
+        "experts": (lambda x, share: fused_experts(x, *experts, choice, share), (x, share)),
+        "RMSNorm": (lambda x: rms_norm(x, weight, 1e-5), (x,)),
+        "RoPE": (lambda q, k: apply_rope(q, k, table, table), (q, k)),
+        "linear with LoRA": (lambda x, a, b: lora_linear(x, square, bias, a, b, 2.0), (x, a, b)),
+        "a Function alone": (Nothing.apply, attention),
+        "torch.add": (lambda: torch.add(weight, weight), ()),
     }
 
 
-def measure(call, rounds: int) -> tuple[list[float], list[float]]:
+def measure(call, leaves, rounds: int) -> tuple[list[float], list[float]]:
     """Microseconds of forward and of backward, call by call."""
     forward, backward = [], []
     for index in range(rounds + 20):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        result, leaves = call()
+        result = call(*leaves)
         middle = time.perf_counter()
         grads = tuple(torch.ones_like(x) for x in (result if isinstance(result, tuple) else (result,)))
         torch.cuda.synchronize()
@@ -101,13 +109,36 @@ def loop(call, loops: int = 20) -> float:
     return statistics.median(times)
 
 
-def measure_loops(call) -> tuple[float, float | None]:
+def measure_loops(call, leaves) -> tuple[float, float | None]:
     """Forward alone, and backward alone of one forward pass; None where there is no backward pass."""
-    result, leaves = call()
+    result = call(*leaves)
     if not leaves:
         return loop(call), None
     grads = tuple(torch.ones_like(x) for x in (result if isinstance(result, tuple) else (result,)))
-    return loop(call), loop(lambda: torch.autograd.grad(result, leaves, grads, retain_graph=True))
+    return loop(lambda: call(*leaves)), loop(lambda: torch.autograd.grad(result, leaves, grads, retain_graph=True))
+
+
+def measure_layers(call, leaves, rounds: int = 30) -> tuple[float, float]:
+    """Microseconds of a call, forward and backward, in a chain of LAYERS. call(x, *other leaves): of x's shape."""
+    first, *others = leaves
+    others = [[x.detach().clone().requires_grad_() for x in others] for _ in range(LAYERS)]  # each layer's own
+    forward, backward = [], []
+    for index in range(rounds + 3):
+        x = first
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for mine in others:
+            x = call(x, *mine)
+        middle = time.perf_counter()
+        grad = torch.ones_like(x)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        torch.autograd.grad(x, (first, *(leaf for mine in others for leaf in mine)), grad)
+        end = time.perf_counter()
+        if index >= 3:
+            forward.append((middle - start) * 1e6 / LAYERS)
+            backward.append((end - begin) * 1e6 / LAYERS)
+    return statistics.median(forward), statistics.median(backward)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,12 +155,15 @@ def main(arguments: list[str] | None = None) -> None:
     origin = harness.provenance(torch.device("cuda")) | {"cpu": cpu_name()}
     print(" · ".join(f"{key} {value}" for key, value in origin.items()))
     rows = []
-    for name, call in cases().items():
-        (forward, _, forward_p80), (backward, _, backward_p80) = map(harness.percentiles, measure(call, options.rounds))
-        forward_loop, backward_loop = measure_loops(call)
+    for name, (call, leaves) in cases().items():
+        measured = map(harness.percentiles, measure(call, leaves, options.rounds))
+        (forward, _, forward_p80), (backward, _, backward_p80) = measured
+        forward_loop, backward_loop = measure_loops(call, leaves)
+        forward_layers, backward_layers = measure_layers(call, leaves) if name in CHAINED else (None, None)
         times = {"forward_us": forward, "backward_us": backward, "forward_p80_us": forward_p80,
                  "backward_p80_us": backward_p80, "forward_loop_us": forward_loop,
-                 "backward_loop_us": backward_loop}  # fmt: skip
+                 "backward_loop_us": backward_loop, "forward_layers_us": forward_layers,
+                 "backward_layers_us": backward_layers}  # fmt: skip
         if backward_loop is None:
             times |= dict.fromkeys(("backward_us", "backward_p80_us"))
         times = {key: value if value is None else round(value, 1) for key, value in times.items()}

@@ -2,12 +2,14 @@
 
 Triton binds, specializes and looks up the arguments of every launch in Python, which for thirty of them takes longer
 than a GPU needs for a short kernel. Here a launch like an earlier one goes straight to the kernel that Triton compiled
-for that one; anything new goes through Triton. What makes launches alike is what Triton specializes on.
+for that one; anything new goes through Triton. What makes launches alike is what Triton specializes on. Addresses take
+the place of tensors, since Triton asks the driver about each tensor.
 """
 
 from collections.abc import Callable, Hashable
 
 import torch
+import triton
 
 MOST = 4096  # remembered launches; lengths that keep changing must not fill the memory
 
@@ -41,22 +43,44 @@ def _launch(kernel, grid, args, constants, options, device) -> None:
         varying = _varying[kernel.fn] = tuple(p.do_not_specialize for p in kernel.params)
     # Pointers by dtype and alignment, floats by being one, integers by their value or, if they vary, their width.
     # Most arguments are integers: they are asked for first, and by type(), which is faster than isinstance().
-    like = [
-        ((-(2**31) <= x < 2**31) if varies else x) if type(x) is int
-        else (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor)
-        else float if isinstance(x, float)
-        else x
-        for x, varies in zip(args, varying, strict=False)
-    ]  # fmt: skip
+    like, values = [], []
+    for x, varies in zip(args, varying, strict=False):
+        if type(x) is int:
+            like.append((-(2**31) <= x < 2**31) if varies else x)
+        elif isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            like += x.dtype, address % 16 == 0
+            x = address
+        else:
+            like.append(float if isinstance(x, float) else x)
+        values.append(x)
     key = (kernel.fn, device, *like, *constants.values(), *options.values())
     known = _compiled.get(key)
     if known is None:
         if len(_compiled) >= MOST:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*args, **constants, **options), tuple(constants.values())
+        _compiled[key] = runner(kernel[grid](*args, **constants, **options)), tuple(constants.values())
     else:
-        compiled, values = known
-        compiled[(*grid, 1, 1)[:3]](*args, *values)
+        run, rest = known
+        run((*grid, 1, 1)[:3], device, *values, *rest)
+
+
+def runner(compiled) -> Callable[..., None]:
+    """What launches a compiled kernel that has run before, on a device's current stream: run(grid, device, *arguments).
+
+    It is what compiled[grid] does, as torch's own compiler does it: without a description of the launch that nobody
+    asks for, unless hooks have been set.
+    """
+    knobs, current_stream = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def launch(grid, device, *arguments):
+        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:
+            compiled[grid](*arguments)
+        else:
+            run(*grid, current_stream(device), function, metadata, None, None, None, *arguments)
+
+    return launch
 
 
 class Prepared:
@@ -68,10 +92,11 @@ class Prepared:
     """
 
     def __init__(self, kernel, grid: tuple[int, ...], numbers: tuple, constants: dict, **options):
-        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.kernel, self.grid, self.numbers = kernel, (*grid, 1, 1)[:3], numbers
         self.constants, self.options = constants, options
         self.rest = (*numbers, *constants.values())
-        self.runners: dict[tuple[bool, ...], Callable] = {}
+        self.aligned: Callable | None = None  # runs where all pointers are multiples of 16
+        self.others: dict[tuple[bool, ...], Callable] = {}  # by which of them are
 
     def __call__(self, *pointers) -> None:
         """pointers: tensors, of the same dtypes each time, TMA descriptors and None. The first is a tensor, whose
@@ -80,24 +105,38 @@ class Prepared:
         if device < 0:  # the interpreter
             self.kernel[self.grid](*pointers, *self.numbers, **self.constants, **self.options)
         elif device == torch.cuda.current_device():
-            self._launch(pointers)
+            self._launch(pointers, device)
         else:
             with torch.cuda.device(device):
-                self._launch(pointers)
+                self._launch(pointers, device)
 
-    def _launch(self, pointers) -> None:
-        # Of a pointer Triton specializes on its alignment.
-        aligned = tuple([isinstance(x, torch.Tensor) and x.data_ptr() % 16 == 0 for x in pointers])
-        runner = self.runners.get(aligned)
-        if runner is None:
-            compiled = self.kernel[self.grid](*pointers, *self.numbers, **self.constants, **self.options)
-            self.runners[aligned] = compiled[(*self.grid, 1, 1)[:3]]
+    def _launch(self, pointers, device) -> None:
+        addresses, bits = [], 0
+        for x in pointers:
+            if isinstance(x, torch.Tensor):
+                x = x.data_ptr()
+                bits |= x
+            addresses.append(x)
+        # What Triton specializes a pointer on is whether it is a multiple of 16.
+        if bits % 16:
+            which = tuple([type(x) is int and x % 16 == 0 for x in addresses])
+            run = self.others.get(which)
         else:
-            runner(*pointers, *self.rest)
+            run = self.aligned
+        if run is None:
+            run = runner(self.kernel[self.grid](*pointers, *self.numbers, **self.constants, **self.options))
+            if bits % 16:
+                self.others[which] = run
+            else:
+                self.aligned = run
+        else:
+            run(self.grid, device, *addresses, *self.rest)
 
 
-def remembered(known: dict, key: Hashable, prepare: Callable):
-    """known[key], made by prepare() if it is not there."""
+def remembered(known: dict, key: Hashable, prepare: Callable, interpreted: bool):
+    """known[key], made by prepare() if it is not there; made each time for the interpreter."""
+    if interpreted:
+        return prepare()
     found = known.get(key)
     if found is None:
         if len(known) >= MOST:

@@ -1,9 +1,14 @@
 """A launch goes straight to a compiled kernel only where Triton would have taken the same one."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
+import triton
 
 from gptoss_kernels import launch as module
 from gptoss_kernels.launch import Prepared, launch, remembered
@@ -26,11 +31,20 @@ class Kernel:
 
 
 class Compiled:
+    """Stands for a compiled kernel: notes how it was launched, by itself or through Triton, which calls hooks."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, calls):
         self.calls = calls
 
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
+        assert (stream, function, metadata) == ("stream of 0", "function", "metadata")
+        assert launch_metadata is enter_hook is exit_hook is None
+        self.calls.append(("compiled", (x, y, z), args))
+
     def __getitem__(self, grid):
-        return lambda *args: self.calls.append(("compiled", grid, args))
+        return lambda *args: self.calls.append(("hooks", grid, args))
 
 
 class OnGPU(torch.Tensor):
@@ -44,6 +58,12 @@ class OnGPU(torch.Tensor):
 def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(module, "_compiled", {})
+    driver = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+def addresses(args):
+    return tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args)
 
 
 def on_gpu(*shape, dtype=torch.float32, offset=0):
@@ -77,7 +97,7 @@ def test_like_launches_share_a_kernel(change, compiled):
     for at, value in change.items():
         (args if isinstance(at, int) else named)[at] = value
     launch(kernel, (5,), tuple(args), {"BLOCK": named["BLOCK"]}, num_warps=named["num_warps"])
-    expected = ("compiled", (5, 1, 1), (*args, 16)) if compiled else ((5,), tuple(args), named)
+    expected = ("compiled", (5, 1, 1), (*addresses(args), 16)) if compiled else ((5,), tuple(args), named)
     assert kernel.calls[1:] == [expected]
 
 
@@ -95,13 +115,32 @@ def test_prepared_launches_differ_in_alignment_alone(pointers, compiled):
     prepared = Prepared(kernel, (7, 3), (5, 1.5), {"BLOCK": 16}, num_warps=4)
     first = on_gpu(), on_gpu(), None, descriptor
     prepared(*first)
-    assert kernel.calls == [((7, 3), (*first, 5, 1.5), {"BLOCK": 16, "num_warps": 4})]
+    assert kernel.calls == [((7, 3, 1), (*first, 5, 1.5), {"BLOCK": 16, "num_warps": 4})]
     again = *(on_gpu(offset=offset) for offset in pointers), None, descriptor
     for _ in range(2):
         prepared(*again)
-    ready = ("compiled", (7, 3, 1), (*again, 5, 1.5, 16))
-    through_triton = ((7, 3), (*again, 5, 1.5), {"BLOCK": 16, "num_warps": 4})
+    ready = ("compiled", (7, 3, 1), (*addresses(again), 5, 1.5, 16))
+    through_triton = ((7, 3, 1), (*again, 5, 1.5), {"BLOCK": 16, "num_warps": 4})
     assert kernel.calls[1:] == [ready if compiled else through_triton, ready]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_a_profiler_are_called(hook, monkeypatch):
+    prepared, tensor = Prepared(Kernel(), (7,), (), {}), on_gpu()
+    kernel = prepared.kernel
+    prepared(tensor)
+    monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
+    prepared(tensor)
+    assert kernel.calls[1:] == [("hooks", (7, 1, 1), (tensor.data_ptr(),))]
+
+
+def test_compiled_kernels_run_as_triton_runs_them():
+    source = " ".join(inspect.getsource(triton.compiler.CompiledKernel.__getitem__).split())
+    order = (
+        "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata, "
+        "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args)"
+    )
+    assert order in source
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
@@ -109,7 +148,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     known, made = {}, []
     for length in range(100):
         for _ in range(2):
-            assert remembered(known, length, lambda length=length: made.append(length) or -length) == -length
+            assert remembered(known, length, lambda length=length: made.append(length) or -length, False) == -length
     assert made == list(range(100)) and len(known) <= 10
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..lane import check_lane
 from ..launch import Prepared, remembered
 from . import tiles
+from .forward import signature
 from .masks import LOG2E, VARYING, first_key, load_tile, query_end, split_keys, splits, tile_rows
 
 
@@ -313,8 +315,11 @@ def dq_kernel(
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
+    NOTIFY: tl.constexpr,  # dK/dV's programs may start when no more of these have to
 ):
     # The order of programs is the forward's: heads fastest, longest rows first.
+    if NOTIFY:
+        gdc_launch_dependents()
     batch = (tl.program_id(0) * HEADS // q_heads).to(tl.int64)
     head = (tl.program_id(0) * HEADS % q_heads).to(tl.int64)
     start_m = (tl.num_programs(1) - 1 - tl.program_id(1)) * (BLOCK_M // HEADS)
@@ -401,30 +406,29 @@ def launch_backward(
     """Fill dq, dk, dv (shapes of q, k, v; dk and dv with the same strides); return the sinks' gradient, if any."""
     tensors = dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding
 
-    def prepare():
-        check_lane(interpreted)
-        return _prepare_backward(*tensors, scale, window, interpreted)
-
-    if interpreted:
-        return prepare()(*tensors)
-    # Alignment decides between kernels here; within one, Prepared looks at each pointer's.
     key = (
-        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), dout.stride(),
-        None if dlse is None else (dlse.dtype, dlse.stride()), dq.stride(), dk.stride(),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()) & 15,
-        None if sinks is None else sinks.dtype, scale, window, None if cu_seqlens is None else cu_seqlens.shape[0],
-        padding is None,
+        signature(q, k, v, sinks, scale, window, cu_seqlens, padding), gradient_signature(dout, dlse, out),
+        dq.stride(), dk.stride(),
     )  # fmt: skip
-    return remembered(_prepared, key, prepare)(*tensors)
+    launch = remembered(_prepared, key, lambda: prepare_backward(*tensors, scale, window, interpreted), interpreted)
+    return launch(*tensors)
 
 
 _prepared: dict[tuple, Callable] = {}
 
 
-def _prepare_backward(
+def gradient_signature(dout, dlse, out) -> tuple:
+    """What decides, beside the forward pass's signature, how gradients are computed."""
+    given = None if dlse is None else (dlse.dtype, dlse.stride())
+    return dout.stride(), given, out.stride(), (dout.data_ptr() | out.data_ptr()) & 15
+
+
+def prepare_backward(
     dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding, scale, window, interpreted
 ) -> Callable:
-    """What launches the kernels on tensors like these, and returns the sinks' gradient."""
+    """What launches the kernels on tensors like these, called with them (dout to padding); it returns the sinks'
+    gradient, if any."""
+    check_lane(interpreted)
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -433,6 +437,9 @@ def _prepare_backward(
     rows = triton.cdiv(q_len, tiles.LARGEST_BLOCK) * tiles.LARGEST_BLOCK
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     ends = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
+
+    def empty(lines: int, width: int, device: torch.device) -> torch.Tensor:
+        return torch.empty_strided((lines, width), (width, 1), dtype=torch.float32, device=device)
 
     def constants(tile, **more) -> dict:
         return dict(
@@ -449,6 +456,7 @@ def _prepare_backward(
             *dq.stride()[:3], q_heads, rows, *ends,
         )  # fmt: skip
         made = constants(tile, HEADS=heads, HAS_SINKS=sinks is not None, HAS_DLSE=dlse is not None)
+        made |= dict(NOTIFY=hopper is not None)
         blocks = rows * heads // tile.block_m
         return Prepared(dq_kernel, (batch * q_heads // heads, blocks), numbers, made, **tile.options), blocks
 
@@ -463,10 +471,10 @@ def _prepare_backward(
 
     def run_with(launch_dq, blocks: int, launch_dkdv) -> Callable:
         def run(dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding):
-            delta, lse2 = lse.new_empty((2, batch, q_heads, rows)).unbind()
+            delta, lse2 = empty(batch * q_heads, rows, lse.device), empty(batch * q_heads, rows, lse.device)
             partial = dsinks = None
             if sinks is not None:
-                partial, dsinks = lse.new_empty((batch, q_heads, blocks)), torch.empty_like(sinks)
+                partial, dsinks = empty(batch * q_heads, blocks, lse.device), torch.empty_like(sinks)
             launch_dq(q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding)
             launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding)
             return dsinks

@@ -183,29 +183,28 @@ def launch_forward(
     interpreted: bool,
 ) -> None:
     """Fill out (batch, q_heads, q_len, head_dim), any strides, and lse (batch, q_heads, q_len) fp32 contiguous."""
-    arguments = q, k, v, sinks, out, lse, cu_seqlens, padding
-
-    def prepare():
-        check_lane(interpreted)
-        return _prepare_forward(*arguments, scale, window, interpreted)
-
-    if interpreted:
-        prepare()(*arguments)
-        return
-    # Alignment decides between kernels here; within one, Prepared looks at each pointer's.
-    key = (
-        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None if sinks is None else sinks.dtype, scale, window,
-        None if cu_seqlens is None else cu_seqlens.shape[0], padding is None,
-    )  # fmt: skip
-    remembered(_prepared, key, prepare)(*arguments)
+    tensors = q, k, v, sinks, out, lse, cu_seqlens, padding
+    key = signature(q, k, v, sinks, scale, window, cu_seqlens, padding), out.stride()
+    launch = remembered(_prepared, key, lambda: prepare_forward(*tensors, scale, window, interpreted), interpreted)
+    launch(*tensors)
 
 
 _prepared: dict[tuple, Callable] = {}
 
 
-def _prepare_forward(q, k, v, sinks, out, lse, cu_seqlens, padding, scale, window, interpreted) -> Callable:
-    """What launches the kernel on tensors like these."""
+def signature(q, k, v, sinks, scale, window, cu_seqlens, padding) -> tuple:
+    """What decides how these tensors are computed. Alignment decides between kernels (the bits that are set in any of
+    three addresses); within one, Prepared looks at each pointer's."""
+    return (
+        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, None if sinks is None else sinks.dtype, scale, window,
+        None if cu_seqlens is None else cu_seqlens.shape[0], padding is None,
+    )  # fmt: skip
+
+
+def prepare_forward(q, k, v, sinks, out, lse, cu_seqlens, padding, scale, window, interpreted) -> Callable:
+    """What launches the kernel on tensors like these, called with them (q to padding)."""
+    check_lane(interpreted)
     hopper = None if interpreted or not splits(window) else tiles.hopper_kernels(q, k, v)
     if hopper is not None:
         return hopper.prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding)

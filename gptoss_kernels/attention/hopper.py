@@ -9,6 +9,7 @@ Barriers come in pairs a stage: `full` when TMA has filled it, `empty` when each
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .masks import VARYING
 
@@ -489,6 +490,7 @@ def dq_hopper_kernel(
     PADDED: gl.constexpr,
 ):
     # The order of programs is the forward's.
+    gdc_launch_dependents()
     batch = gl.program_id(0) // q_heads
     head = gl.program_id(0) % q_heads
     start_m = (gl.num_programs(1) - 1 - gl.program_id(1)) * TILE
@@ -546,6 +548,7 @@ def dkdv_load(
     q_desc, do_desc, lse2_desc, delta_desc = descriptors
     q_smem, do_smem, lse2_smem, delta_smem = smem
     batch, head, line, begin, end = span
+    gdc_wait()  # for dQ's lse2 and delta
     step = 0
     for member in range(GROUP):
         for start_m in range(begin, end, BLOCK_M):
@@ -717,6 +720,7 @@ def dkdv_hopper_kernel(
         async_load(v_desc, [batch, kv_head, start_n + part * WIDTH, 0], ready.index(0), v_smem.index(part))
     if HAS_SINKS:
         if batch == 0:
+            gdc_wait()
             sum_dsinks(partial, dsinks, kv_head, kv_heads * GROUP, batches, blocks, GROUP)
 
     shift = batch.to(gl.int64) * stride_gb + kv_head.to(gl.int64) * stride_gh

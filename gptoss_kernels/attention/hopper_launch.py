@@ -16,6 +16,7 @@ HEAD_DIM, WIDTH, TILE = hopper.HEAD_DIM.value, hopper.WIDTH.value, hopper.TILE.v
 STAGES = {128: 3, 64: 6}  # of the forward kernel, by keys of a tile
 DQ_KEYS, DQ_STAGES = 64, 4
 DKDV_QUERIES, DKDV_STAGES = 64, 4
+OVERLAP = True  # of dK/dV with the end of dQ ("programmatic dependent launch")
 LEAST = 1024  # queries of all rows together
 
 
@@ -120,13 +121,14 @@ def prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding) ->
     launch = Prepared(
         hopper.dkdv_hopper_kernel, (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH)),
         (*dk.stride()[:3], kv_heads, batch, blocks, q_len, kv_len, *bounds, scale), constants, num_warps=4,
+        launch_pdl=OVERLAP,
     )  # fmt: skip
 
     def run(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding):
         described = (
             *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (k, v)),
             *(_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)),
-            *(_descriptor(x.view(batch * q_heads, -1), 1, DKDV_QUERIES) for x in (lse2, delta)),
+            *(_descriptor(x, 1, DKDV_QUERIES) for x in (lse2, delta)),
         )
         launch(dk, dv, *described, *_instead(lse2, partial, dsinks, cu_seqlens, padding))
 

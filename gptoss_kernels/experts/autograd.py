@@ -8,7 +8,7 @@ import torch
 
 from ..keep import kept
 from ..mxfp4.buffer import dense
-from ..operators import implements, unwatched
+from ..operators import implements, once_differentiable, unwatched
 from .backward import expert_sum, launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
 from .routing import Routing, grouped_outer, grouped_product, route
@@ -141,7 +141,7 @@ class _FusedExperts(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         needed = list(ctx.needs_input_grad[:6])
         operator = _experts_backward if unwatched(dy) else torch.ops.gptoss_kernels.experts_backward

@@ -10,6 +10,7 @@ import torch
 
 from ..keep import kept
 from ..mxfp4.buffer import dense
+from ..operators import once_differentiable
 from .backward import launch_activation_backward
 from .forward import gather, launch_activation, launch_combine
 from .low_rank import add_low_rank
@@ -57,7 +58,7 @@ class _LoRAExperts(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, hidden, low, routing_weights, a1, c1, a2, c2, router_indices, *rest = ctx.saved_tensors
         routing, p = Routing(*rest[:5]), _Frozen(*rest[5:])

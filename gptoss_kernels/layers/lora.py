@@ -6,6 +6,8 @@ epilogue, forward and backward, so that nothing of the size of y or x is written
 
 import torch
 
+from ..operators import once_differentiable
+
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
@@ -19,7 +21,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, low, weight, a, b = ctx.saved_tensors
         flat, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])

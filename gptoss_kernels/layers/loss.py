@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
-from ..operators import implements
+from ..operators import implements, once_differentiable
 from .chunks import chunk_size
 
 
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses, entropies, top1
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad, *_):
         (dhidden,) = ctx.saved_tensors
         return dhidden * grad[:, None].to(dhidden.dtype), None, None

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
-from ..operators import implements, unwatched
+from ..operators import implements, once_differentiable, unwatched
 
 PARTIAL_ROWS = 128  # rows whose share of the weight's gradient one program sums
 
@@ -123,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         operator = _backward if unwatched(x) else torch.ops.gptoss_kernels.rms_norm_backward

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
-from ..operators import implements, unwatched
+from ..operators import implements, once_differentiable, unwatched
 
 
 @triton.jit
@@ -103,7 +103,7 @@ class _Rope(torch.autograd.Function):
         return (_rope if unwatched(q) else torch.ops.gptoss_kernels.rope)(q, k, cos, sin, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
         operator = _rope if unwatched(dq) else torch.ops.gptoss_kernels.rope
