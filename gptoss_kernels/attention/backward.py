@@ -88,17 +88,24 @@ def sum_dsinks(dsinks_partial, dsinks, kv_head, q_heads, batches, blocks, GROUP:
         tl.store(dsinks + head, tl.sum(total, 0).to(dsinks.dtype.element_ty))
 
 
+@triton.jit
+def scratch_parts(scratch, lines, rows):
+    """What dQ leaves for dK and dV, in one piece of memory, since each allocation takes the host some microseconds:
+    lse2 and delta (lines, rows), and the sinks' gradient by head and row block (lines, blocks); lines: batch * q_heads.
+    """
+    size = lines.to(tl.int64) * rows
+    return scratch, scratch + size, scratch + 2 * size
+
+
 @triton.jit(do_not_specialize=VARYING)
 def dkdv_kernel(
     q,  # (batch, q_heads, q_len, HEAD_DIM)
     k,  # (batch, kv_heads, kv_len, HEAD_DIM)
     v,
     dout,  # as q
-    lse2,  # (batch, q_heads, rows) fp32
-    delta,
+    scratch,  # fp32, what dQ has left: see scratch_parts
     dk,  # as k
     dv,
-    dsinks_partial,  # (batch, q_heads, blocks) fp32, what dQ has left
     dsinks,  # (q_heads,), written
     cu_seqlens,
     padding,  # (batch, kv_len) bool
@@ -144,6 +151,7 @@ def dkdv_kernel(
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     start_n = tl.program_id(1) * BLOCK_N
     offset = kv_len - q_len
+    lse2, delta, dsinks_partial = scratch_parts(scratch, tl.num_programs(0) * GROUP, rows)
     if HAS_SINKS:
         if batch == 0:
             sum_dsinks(dsinks_partial, dsinks, kv_head, kv_heads * GROUP, batches, blocks, GROUP, 256)
@@ -268,9 +276,7 @@ def dq_kernel(
     sinks,  # (q_heads,)
     lse,  # (batch, q_heads, q_len) fp32
     dlse,  # the same, any strides; read if HAS_DLSE
-    lse2,  # (batch, q_heads, rows) fp32, written for dK and dV: lse in base 2; 0 for a row without keys, inf past q_len
-    delta,  # the same; 0 past q_len
-    dsinks_partial,  # (batch, q_heads, row blocks) fp32, written
+    scratch,  # fp32, written for dK and dV: see scratch_parts
     dq,  # as q
     cu_seqlens,
     padding,  # (batch, kv_len) bool
@@ -349,6 +355,8 @@ def dq_kernel(
     if HAS_DLSE:
         dlse += batch * stride_lb + heads * stride_lh
         row_delta -= tl.load(dlse + row * stride_lm, in_range, other=0.0).to(tl.float32)
+    lse2, delta, dsinks_partial = scratch_parts(scratch, tl.num_programs(0) * HEADS, rows)
+    # lse2 is 0 for a row without keys, inf past q_len; delta is 0 there.
     unseeing = row_lse == float("-inf")
     row_lse = tl.where(unseeing, 0.0, row_lse * LOG2E)
     tl.store(delta + line * rows + offs_m, row_delta)
@@ -438,9 +446,6 @@ def prepare_backward(
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     ends = (q_len, kv_len, window or 0, documents, documents.bit_length(), scale)
 
-    def empty(lines: int, width: int, device: torch.device) -> torch.Tensor:
-        return torch.empty_strided((lines, width), (width, 1), dtype=torch.float32, device=device)
-
     def constants(tile, **more) -> dict:
         return dict(
             GROUP=group, HEAD_DIM=head_dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -471,12 +476,11 @@ def prepare_backward(
 
     def run_with(launch_dq, blocks: int, launch_dkdv) -> Callable:
         def run(dout, dlse, q, k, v, sinks, out, lse, dq, dk, dv, cu_seqlens, padding):
-            delta, lse2 = empty(batch * q_heads, rows, lse.device), empty(batch * q_heads, rows, lse.device)
-            partial = dsinks = None
-            if sinks is not None:
-                partial, dsinks = empty(batch * q_heads, blocks, lse.device), torch.empty_like(sinks)
-            launch_dq(q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding)
-            launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding)
+            size = batch * q_heads * (2 * rows + blocks)
+            scratch = torch.empty_strided((size,), (1,), dtype=torch.float32, device=lse.device)
+            dsinks = None if sinks is None else torch.empty_like(sinks)
+            launch_dq(q, k, v, out, dout, sinks, lse, dlse, scratch, dq, cu_seqlens, padding)
+            launch_dkdv(q, k, v, dout, scratch, dk, dv, dsinks, cu_seqlens, padding)
             return dsinks
 
         return run
@@ -488,12 +492,14 @@ def prepare_backward(
     # Short windows leave a Hopper program too little to overlap in dQ (see benchmarks/NOTES.md).
     hopper = None if interpreted else tiles.hopper_kernels(q, k, v, dout, out)
     if hopper is not None and splits(window):
-        launch_dq, blocks = hopper.prepare_dq(dlse, q, k, sinks, dq, rows, scale, window, cu_seqlens, padding)
+        launch_dq, blocks = hopper.prepare_dq(
+            dout, dlse, q, k, v, sinks, out, dq, rows, scale, window, cu_seqlens, padding
+        )
     else:
         tile = select("dq", lambda tile: run_with(*dq_with(tile), nothing)(*tensors))
         launch_dq, blocks = dq_with(tile)
     if hopper is not None:
-        launch_dkdv = hopper.prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding)
+        launch_dkdv = hopper.prepare_dkdv(dout, q, k, v, sinks, dk, rows, blocks, scale, window, cu_seqlens, padding)
     else:
         tile = select("dkdv", lambda tile: run_with(launch_dq, blocks, dkdv_with(tile, blocks))(*tensors))
         launch_dkdv = dkdv_with(tile, blocks)

@@ -207,7 +207,7 @@ def prepare_forward(q, k, v, sinks, out, lse, cu_seqlens, padding, scale, window
     check_lane(interpreted)
     hopper = None if interpreted or not splits(window) else tiles.hopper_kernels(q, k, v)
     if hopper is not None:
-        return hopper.prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding)
+        return hopper.prepare_forward(q, k, v, sinks, out, scale, window, cu_seqlens, padding)
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

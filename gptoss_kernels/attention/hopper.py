@@ -455,9 +455,7 @@ def dq_hopper_kernel(
     dq,  # (batch, q_heads, q_len, HEAD_DIM)
     lse,  # (batch, q_heads, q_len) fp32
     dlse,  # the same, any strides; read if HAS_DLSE
-    delta,  # (batch, q_heads, rows) fp32, written here for dK and dV; 0 past q_len
-    lse2,  # the same: lse in base 2; 0 for a row that sees nothing, inf past q_len
-    partial,  # (batch, q_heads, rows / WIDTH) fp32: the sinks' gradient by row block
+    scratch,  # fp32, written for dK and dV: see backward.py
     q_desc,  # of (batch, q_heads, q_len, HEAD_DIM), blocks of WIDTH rows
     do_desc,
     o_desc,
@@ -509,6 +507,8 @@ def dq_hopper_kernel(
     full, empty = (barriers(1, 1), barriers(STAGES, 1)), barriers(STAGES, GROUPS)
 
     line = (batch * q_heads + head).to(gl.int64)
+    size = gl.num_programs(0).to(gl.int64) * rows
+    lse2, delta, partial = scratch, scratch + size, scratch + 2 * size
     dq += batch.to(gl.int64) * stride_gb + head.to(gl.int64) * stride_gh
     if HAS_DLSE:
         dlse += batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh
@@ -545,9 +545,9 @@ def dq_hopper_kernel(
 def dkdv_load(
     descriptors, smem, full, empty, span, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    q_desc, do_desc, lse2_desc, delta_desc = descriptors
+    q_desc, do_desc, rows_desc = descriptors
     q_smem, do_smem, lse2_smem, delta_smem = smem
-    batch, head, line, begin, end = span
+    batch, head, line, lines, begin, end = span
     gdc_wait()  # for dQ's lse2 and delta
     step = 0
     for member in range(GROUP):
@@ -557,9 +557,9 @@ def dkdv_load(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, 2 * BLOCK_M * HEAD_DIM * 2 + 2 * BLOCK_M * 4)
             async_load(q_desc, [batch, head + member, start_m, 0], bar, q_smem.index(stage))
-            async_load(lse2_desc, [line + member, start_m], bar, lse2_smem.index(stage))
+            async_load(rows_desc, [line + member, start_m], bar, lse2_smem.index(stage))
             async_load(do_desc, [batch, head + member, start_m, 0], bar, do_smem.index(stage))
-            async_load(delta_desc, [line + member, start_m], bar, delta_smem.index(stage))
+            async_load(rows_desc, [lines + line + member, start_m], bar, delta_smem.index(stage))
             step += 1
 
 
@@ -669,9 +669,8 @@ def dkdv_hopper_kernel(
     v_desc,
     q_desc,  # of (batch, q_heads, q_len, HEAD_DIM), blocks of BLOCK_M rows
     do_desc,
-    lse2_desc,  # of (batch * q_heads, rows) fp32, blocks of BLOCK_M
-    delta_desc,
-    partial,  # (batch, q_heads, blocks) fp32, what dQ has left
+    rows_desc,  # of (2 * batch * q_heads, rows) fp32, blocks of BLOCK_M: lse2 and delta, which dQ has left in scratch
+    scratch,
     dsinks,  # (q_heads,), written
     cu_seqlens,  # (documents + 1,) int32
     padding,  # (batch, kv_len) bool
@@ -681,6 +680,7 @@ def dkdv_hopper_kernel(
     kv_heads,
     batches,
     blocks,
+    rows,
     q_len,
     kv_len,
     window,
@@ -711,16 +711,18 @@ def dkdv_hopper_kernel(
     v_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, 1, WIDTH, HEAD_DIM], k_desc.layout)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
-    lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse2_desc.layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse2_desc.layout)
+    lse2_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], rows_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], rows_desc.layout)
     ready, full, empty = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, PARTS)
     mbarrier.expect(ready.index(0), 2 * PARTS * WIDTH * HEAD_DIM * 2)
     for part in gl.static_range(PARTS):
         async_load(k_desc, [batch, kv_head, start_n + part * WIDTH, 0], ready.index(0), k_smem.index(part))
         async_load(v_desc, [batch, kv_head, start_n + part * WIDTH, 0], ready.index(0), v_smem.index(part))
+    lines = gl.num_programs(0) * GROUP
     if HAS_SINKS:
         if batch == 0:
             gdc_wait()
+            partial = scratch + 2 * lines.to(gl.int64) * rows
             sum_dsinks(partial, dsinks, kv_head, kv_heads * GROUP, batches, blocks, GROUP)
 
     shift = batch.to(gl.int64) * stride_gb + kv_head.to(gl.int64) * stride_gh
@@ -730,7 +732,7 @@ def dkdv_hopper_kernel(
     span = (start_n, begin, end)
     pointers, numbers = (dk + shift, dv + shift, padding), (stride_gn, q_len, kv_len, scale)
     head = kv_head * GROUP
-    load_span = (batch, head, batch * kv_heads * GROUP + head, begin, end)
+    load_span = (batch, head, batch * kv_heads * GROUP + head, lines, begin, end)
     gl.warp_specialize(
         [
             (dkdv_multiply, (
@@ -740,7 +742,7 @@ def dkdv_hopper_kernel(
                 kv_smem, ready, smem, full, empty, span, bounds, pointers, numbers, 1, GROUP, BLOCK_M, STAGES,
                 HAS_WINDOW, PACKED, PADDED)),
             (dkdv_load, (
-                (q_desc, do_desc, lse2_desc, delta_desc), smem, full, empty, load_span, GROUP, BLOCK_M, STAGES)),
+                (q_desc, do_desc, rows_desc), smem, full, empty, load_span, GROUP, BLOCK_M, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -1,6 +1,5 @@
 """Launches the kernels of hopper.py, where the tensors are such as they take."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -39,17 +38,23 @@ def _readable(x: torch.Tensor) -> bool:
     return all(n == 1 or (s > 0 and s % 8 == 0) for n, s in zip(x.shape[:3], x.stride(), strict=False))
 
 
-@functools.cache
-def _layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, rank)
+def _describer(shape, strides, bits: int, *block: int) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """What makes the TMA descriptor of a tensor of this shape, these strides and so many bits an element."""
+    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, len(block))
+    shape, block = list(shape), list(block)
+    strides = [s if n > 1 else HEAD_DIM for n, s in zip(shape[:-1], strides, strict=False)] + [1]
+
+    def describe(base):
+        made = object.__new__(TensorDescriptor)  # its own checks, which `supports` has made, take longer than a launch
+        made.base, made.shape, made.strides, made.block_shape, made.layout = base, shape, strides, block, layout
+        return made
+
+    return describe
 
 
-def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    made = object.__new__(TensorDescriptor)  # its own checks, which `supports` has made, take longer than a launch
-    made.base, made.shape, made.block_shape = x, list(x.shape), list(block)
-    made.strides = [s if n > 1 else HEAD_DIM for n, s in zip(made.shape[:-1], x.stride(), strict=False)] + [1]
-    made.layout = _layout(x.element_size() * 8, len(block))
-    return made
+def _like(x: torch.Tensor, rows: int) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """The same for tensors like x, in tiles of so many rows."""
+    return _describer(x.shape, x.stride(), 16, 1, 1, rows, HEAD_DIM)
 
 
 def _masks(window, cu_seqlens, padding) -> tuple[tuple[int, ...], dict]:
@@ -64,9 +69,9 @@ def _instead(stand_in: torch.Tensor, *tensors: torch.Tensor | None) -> list[torc
     return [stand_in if x is None else x for x in tensors]
 
 
-def prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding) -> Callable:
+def prepare_forward(q, k, v, sinks, out, scale, window, cu_seqlens, padding) -> Callable:
     """What launches the kernel on tensors like these, as forward.py does."""
-    batch, q_heads, q_len, head_dim = q.shape
+    batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     bounds, masks = _masks(window, cu_seqlens, padding)
     keys = 128 if splits(window) and padding is None else 64  # as many as registers hold
@@ -76,17 +81,18 @@ def prepare_forward(q, k, sinks, out, scale, window, cu_seqlens, padding) -> Cal
         (*out.stride()[:3], q_heads, q_len, kv_len, *bounds, scale * LOG2E.value), constants, num_warps=4,
     )  # fmt: skip
 
+    q_desc, k_desc, v_desc = _like(q, WIDTH), _like(k, keys), _like(v, keys)
+
     def run(q, k, v, sinks, out, lse, cu_seqlens, padding):
-        described = _descriptor(q, 1, 1, WIDTH, head_dim), *(_descriptor(x, 1, 1, keys, head_dim) for x in (k, v))
-        launch(out, lse, *described, *_instead(lse, sinks, cu_seqlens, padding))
+        launch(out, lse, q_desc(q), k_desc(k), v_desc(v), *_instead(lse, sinks, cu_seqlens, padding))
 
     return run
 
 
-def prepare_dq(dlse, q, k, sinks, dq, rows, scale, window, cu_seqlens, padding) -> tuple[Callable, int]:
+def prepare_dq(dout, dlse, q, k, v, sinks, out, dq, rows, scale, window, cu_seqlens, padding) -> tuple[Callable, int]:
     """What launches the kernel on tensors like these, as backward.py does, and the number of row blocks whose shares of
-    the sinks' gradient it leaves. rows, of delta and lse2, is a multiple of WIDTH."""
-    batch, q_heads, q_len, head_dim = q.shape
+    the sinks' gradient it leaves. rows, of lse2 and delta in scratch, is a multiple of WIDTH."""
+    batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     bounds, masks = _masks(window, cu_seqlens, padding)
     constants = dict(
@@ -99,20 +105,20 @@ def prepare_dq(dlse, q, k, sinks, dq, rows, scale, window, cu_seqlens, padding) 
         (*strides, q_heads, rows, q_len, kv_len, *bounds, scale), constants, num_warps=4,
     )  # fmt: skip
 
-    def run(q, k, v, out, dout, sinks, lse, dlse, lse2, delta, partial, dq, cu_seqlens, padding):
-        some_dlse, some_partial, *others = _instead(lse, dlse, partial, sinks, cu_seqlens, padding)
-        described = (
-            *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (q, dout, out)),
-            *(_descriptor(x, 1, 1, DQ_KEYS, head_dim) for x in (k, v)),
-        )
-        launch(dq, lse, some_dlse, delta, lse2, some_partial, *described, *others)
+    q_desc, do_desc, o_desc = (_like(x, WIDTH) for x in (q, dout, out))
+    k_desc, v_desc = _like(k, DQ_KEYS), _like(v, DQ_KEYS)
+
+    def run(q, k, v, out, dout, sinks, lse, dlse, scratch, dq, cu_seqlens, padding):
+        some_dlse, *others = _instead(lse, dlse, sinks, cu_seqlens, padding)
+        described = q_desc(q), do_desc(dout), o_desc(out), k_desc(k), v_desc(v)
+        launch(dq, lse, some_dlse, scratch, *described, *others)
 
     return run, rows // WIDTH
 
 
-def prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding) -> Callable:
+def prepare_dkdv(dout, q, k, v, sinks, dk, rows, blocks, scale, window, cu_seqlens, padding) -> Callable:
     """What launches the kernel on tensors like these, as backward.py does; dk and dv have the same strides."""
-    batch, q_heads, q_len, head_dim = q.shape
+    batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     bounds, masks = _masks(window, cu_seqlens, padding)
     constants = dict(
@@ -120,16 +126,16 @@ def prepare_dkdv(q, k, sinks, dk, blocks, scale, window, cu_seqlens, padding) ->
     )
     launch = Prepared(
         hopper.dkdv_hopper_kernel, (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH)),
-        (*dk.stride()[:3], kv_heads, batch, blocks, q_len, kv_len, *bounds, scale), constants, num_warps=4,
+        (*dk.stride()[:3], kv_heads, batch, blocks, rows, q_len, kv_len, *bounds, scale), constants, num_warps=4,
         launch_pdl=OVERLAP,
     )  # fmt: skip
 
-    def run(q, k, v, dout, lse2, delta, dk, dv, partial, dsinks, cu_seqlens, padding):
-        described = (
-            *(_descriptor(x, 1, 1, WIDTH, head_dim) for x in (k, v)),
-            *(_descriptor(x, 1, 1, DKDV_QUERIES, head_dim) for x in (q, dout)),
-            *(_descriptor(x, 1, DKDV_QUERIES) for x in (lse2, delta)),
-        )
-        launch(dk, dv, *described, *_instead(lse2, partial, dsinks, cu_seqlens, padding))
+    k_desc, v_desc = _like(k, WIDTH), _like(v, WIDTH)
+    q_desc, do_desc = _like(q, DKDV_QUERIES), _like(dout, DKDV_QUERIES)
+    rows_desc = _describer((2 * batch * q_heads, rows), (rows, 1), 32, 1, DKDV_QUERIES)  # of lse2 and delta
+
+    def run(q, k, v, dout, scratch, dk, dv, dsinks, cu_seqlens, padding):
+        described = k_desc(k), v_desc(v), q_desc(q), do_desc(dout), rows_desc(scratch)
+        launch(dk, dv, *described, scratch, *_instead(scratch, dsinks, cu_seqlens, padding))
 
     return run

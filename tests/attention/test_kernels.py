@@ -126,6 +126,17 @@ def test_writes_nothing_beside_its_outputs_and_leaves_no_gap(case):
         assert (buffer == sentinel).sum() == buffer.numel() - x.numel(), "an element beside the output was written"
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_results_are_the_same(mode):
+    case = AttentionCase(q_len=40, window=9)
+    inputs, keywords = case.inputs(DEVICE)
+    out, lse = flash_attention(*inputs, **keywords, return_lse=True, backend="triton")
+    with mode():
+        again = flash_attention(*inputs, **keywords, return_lse=True, backend="triton")
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    assert out.requires_grad and not again[0].requires_grad and again[0].stride() == out.stride()
+
+
 def test_strided_inputs_are_read_in_place():
     # One fused (batch, length, q + k + v heads, head_dim) projection, and the same values contiguous.
     fused = torch.randn(2, 40, 8, 16, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)).transpose(1, 2)

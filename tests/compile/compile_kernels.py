@@ -58,7 +58,7 @@ def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dt
     for name in kernel.arg_names:
         if name in constants:
             arguments[name] = constants[name]
-        elif name in ("lse", "lse2", "delta", "dlse", "dsinks_partial"):
+        elif name in ("lse", "dlse", "scratch"):
             arguments[name] = torch.float32
         elif name == "cu_seqlens":
             arguments[name] = torch.int32 if constants["PACKED"] else None
@@ -89,13 +89,13 @@ def hopper_arguments(kernel, dtype: torch.dtype, features: dict) -> dict:
         keys = launch.DQ_KEYS
         constants |= dict(BLOCK_N=keys, STAGES=launch.DQ_STAGES if "dq" in kernel.arg_names else launch.DKDV_STAGES)
     known = constants | dict.fromkeys(NUMBERS, "i32") | dict(rows="i32:16", scale="fp32", qk_scale="fp32")
-    known |= dict.fromkeys(("lse", "lse2", "delta", "dlse", "partial"), torch.float32)
+    known |= dict.fromkeys(("lse", "dlse", "scratch"), torch.float32)
     known |= dict(cu_seqlens=torch.int32 if features["PACKED"] else torch.float32)
     known |= dict(padding=torch.bool if features["PADDED"] else torch.float32)
     known |= {name: "i32:16" for name in kernel.arg_names if name.startswith("stride")}
     known |= {name: descriptor(dtype, 1, 1, 64, 64) for name in ("q_desc", "do_desc", "o_desc")}
     known |= {name: descriptor(dtype, 1, 1, keys, 64) for name in ("k_desc", "v_desc")}
-    known |= {name: descriptor(torch.float32, 1, 64) for name in ("lse2_desc", "delta_desc")}
+    known |= {"rows_desc": descriptor(torch.float32, 1, 64)}
     return {name: known.get(name, dtype) for name in kernel.arg_names}
 
 
