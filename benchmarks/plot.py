@@ -14,14 +14,15 @@ from benchmarks.readme import ATTENTION, LABELS, TRAIN_STEP, VARIANTS
 from gptoss_kernels.course import plots
 
 # TFLOP/s of dense bf16 matrix products and GB/s of memory, from NVIDIA's data sheet (it gives 1,979 TFLOP/s with
-# sparsity, twice the dense rate): https://www.nvidia.com/en-us/data-center/h100/, column H100 SXM.
-CEILINGS = {"NVIDIA H100 80GB HBM3": (989, 3350)}
+# sparsity, twice the dense rate): https://www.nvidia.com/en-us/data-center/h100/, column H100 SXM; and .../h200/.
+CEILINGS = {"NVIDIA H100 80GB HBM3": (989, 3350), "NVIDIA H200": (989, 4800)}
 COLOURS = dict(zip(LABELS, plots.OKABE_ITO, strict=False))
 SHORT = LABELS | {"cudnn": "cuDNN, no sinks", "fla": "flash-linear-attn.", "eager": "Transformers\neager"}
 
 
 def newest_attention(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The newest one-document rows of the GPU, dtype and head shape of which most cases have been measured.
+    """The newest one-document rows of the GPU, dtype and head shape of which most cases have been measured; of two with
+    as many, the later ones.
 
     Raises:
         ValueError: no row was taken on a GPU.
@@ -29,7 +30,7 @@ def newest_attention(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     rows = [row for row in rows if not row["gpu"].startswith("none") and row["documents"] == "1"]
     if not rows:
         raise ValueError("rows: expected at least one taken on a GPU, got none")
-    return max(figures.settings(rows).values(), key=len)
+    return max(figures.settings(rows).values(), key=lambda found: (len(found), max(row["date"] for row in found)))
 
 
 def draw(rows: list[dict[str, str]]):

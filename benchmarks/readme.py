@@ -41,7 +41,8 @@ NODE_LABELS = {
 
 
 def attention_tables(rows: list[dict[str, str]]) -> str:
-    """Markdown: a section a GPU, dtype and head shape, from the newest row of each contender and case.
+    """Markdown: a section a GPU, dtype and head shape, the one measured last first, from the newest row of each
+    contender and case.
 
     Ratios and predictions compare rows of one run alone (`figures.comparable`). Rows taken on a CPU are left out.
     """
@@ -50,7 +51,8 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
         return "No measurement has been recorded yet: `python benchmarks/attention.py` on a GPU appends its rows."
 
     parts = []
-    for setting, used in figures.settings(rows).items():
+    sections = figures.settings(rows).items()
+    for setting, used in sorted(sections, key=lambda section: max(r["date"] for r in section[1]), reverse=True):
         run = figures.comparable(row for row in rows if tuple(row[key] for key in figures.SETTING) == setting)
         gpu, dtype, heads, kv_heads, head_dim = setting
         parts.append(
@@ -66,7 +68,7 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
             f"Measured {_distinct(used, 'date')} at commit {_distinct(used, 'commit')} with {', '.join(versions)}."
         )
     parts.append(
-        "![attention under the H100's ceilings of memory and arithmetic](benchmarks/results/attention_roofline.png)"
+        "![attention under a GPU's ceilings of memory and arithmetic](benchmarks/results/attention_roofline.png)"
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -18,7 +18,8 @@ import os
 import re
 import sys
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+if __name__ == "__main__":  # not where tests import this: the whole process would go without
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 from collections import Counter
 from pathlib import Path

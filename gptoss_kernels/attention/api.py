@@ -69,8 +69,8 @@ def flash_attention(
         check_triton("q", q)
         from .autograd import triton_attention  # decorates the kernels: not before the first launch
 
-        out, lse = triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
-    elif backend == "fa4":
+        return triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, return_lse)
+    if backend == "fa4":
         from .fa4 import fa4_attention
 
         out, lse = fa4_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, return_lse)
@@ -94,22 +94,27 @@ def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
+    shape, dtype, device = (
+        k.shape,
+        q.dtype,
+        q.device,
+    )  # asked for once, for the host
     batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[2]
+    _, kv_heads, kv_len, _ = shape
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if q.dtype not in DTYPES and not (q.dtype == torch.float64 and backend == "reference"):
-        raise TypeError(f"q: expected one of {names(DTYPES)}, got {q.dtype}")
+    if dtype not in DTYPES and not (dtype == torch.float64 and backend == "reference"):
+        raise TypeError(f"q: expected one of {names(DTYPES)}, got {dtype}")
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[0] != batch or k.shape[3] != head_dim:
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected q's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
+    if shape != v.shape:
+        raise ValueError(f"v: expected k's shape {tuple(shape)}, got {tuple(v.shape)}")
+    if shape != (batch, kv_heads, kv_len, head_dim):
         raise ValueError(
-            f"k: expected (batch={batch}, kv_heads, kv_len, head_dim={head_dim}) as in q, got {tuple(k.shape)}"
+            f"k: expected (batch={batch}, kv_heads, kv_len, head_dim={head_dim}) as in q, got {tuple(shape)}"
         )
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"q: expected head_dim in {HEAD_DIMS}, got {head_dim}")
@@ -126,8 +131,8 @@ def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
             raise TypeError(f"sinks: expected a floating-point torch.Tensor or None, got {got}")
         if sinks.shape != (q_heads,):
             raise ValueError(f"sinks: expected shape ({q_heads},), one logit a query head, got {tuple(sinks.shape)}")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
+        if sinks.device != device:
+            raise ValueError(f"sinks: expected q's device {device}, got {sinks.device}")
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")

@@ -121,8 +121,10 @@ def _attention_backward_fake(dout, dlse, q, k, v, out, lse, sinks, scale, slidin
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
-        arguments = (q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
+    def forward(ctx, q, k, v, sinks, how, return_lse):
+        # One tuple for what has no gradient, and lse only where it is asked for: autograd handles each by itself.
+        scale, sliding_window, cu_seqlens, key_padding_mask = how
+        arguments = (q, k, v, sinks, *how)
         if unwatched(q):
             ctx.plan = plan = _plan(*arguments)
             out, lse = kept("attention", lambda: plan.forward(q, k, v, sinks, cu_seqlens, key_padding_mask))
@@ -132,30 +134,31 @@ class _TritonAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask)
         ctx.scale, ctx.sliding_window = scale, sliding_window
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if return_lse else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse=None):
         q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
         if ctx.plan is not None and unwatched(q):
             grads = ctx.plan.backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, key_padding_mask)
-            return *grads, None, None, None, None
+            return *grads, None, None
         dq, dk, dv, dsinks = torch.ops.gptoss_kernels.attention_backward(
             dout, dlse, q, k, v, out, lse, sinks, ctx.scale, ctx.sliding_window, cu_seqlens, key_padding_mask
         )
-        return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None
+        return dq, dk, dv, None if sinks is None else dsinks, None, None
 
 
-def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask):
-    """Checked arguments in, (out, lse) out: see `gptoss_kernels.flash_attention`."""
+def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask, return_lse):
+    """Checked arguments in, out or (out, lse) out: see `gptoss_kernels.flash_attention`."""
     # The kernels read these three without strides; a window's share of a longer padding mask is a view, for one.
     sinks, cu_seqlens, key_padding_mask = [
         x if x is None else x.contiguous() for x in (sinks, cu_seqlens, key_padding_mask)
     ]
-    arguments = (q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padding_mask)
-    if not torch.is_grad_enabled() and unwatched(q):
-        return kept("attention", lambda: _attention_forward(*arguments))
-    return _TritonAttention.apply(*arguments)
+    how = (scale, sliding_window, cu_seqlens, key_padding_mask)
+    if torch.is_grad_enabled() or not unwatched(q):
+        return _TritonAttention.apply(q, k, v, sinks, how, return_lse)
+    out, lse = kept("attention", lambda: _attention_forward(q, k, v, sinks, *how))
+    return (out, lse) if return_lse else out
