@@ -647,18 +647,24 @@ def dkdv_multiply(
 
 @gluon.jit
 def sum_dsinks(partial, dsinks, kv_head, q_heads, batches, blocks, GROUP: gl.constexpr):
-    """As in backward.py, in Gluon."""
+    """As in backward.py, in Gluon: a head a warp, so that no sum needs shared memory. Triton hands the same bytes over
+    to the warps of gl.warp_specialize, and puts no barrier between."""
+    WARPS: gl.constexpr = 4
     BLOCK: gl.constexpr = 256
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    offs = gl.arange(0, BLOCK, layout=layout)
-    for member in range(gl.program_id(1), GROUP, gl.num_programs(1)):
-        head = kv_head * GROUP + member
-        total = gl.zeros([BLOCK], gl.float32, layout=layout)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    member = gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))
+    offs = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    for first in range(gl.program_id(1) * WARPS, GROUP, gl.num_programs(1) * WARPS):
+        head = kv_head * GROUP + first + member  # [WARPS]
+        mine = first + member < GROUP
+        total = gl.zeros([WARPS, BLOCK], gl.float32, layout=layout)
         for batch in range(batches):
             shares = partial + (batch * q_heads + head).to(gl.int64) * blocks
             for start in range(0, blocks, BLOCK):
-                total += gl.load(shares + start + offs, mask=start + offs < blocks, other=0.0)
-        gl.store(dsinks + head, gl.sum(total, 0).to(dsinks.dtype.element_ty))
+                block = start + offs
+                seen = mine[:, None] & (block < blocks)[None, :]
+                total += gl.load(shares[:, None] + block[None, :], mask=seen, other=0.0)
+        gl.store(dsinks + head, gl.sum(total, 1).to(dsinks.dtype.element_ty), mask=mine)
 
 
 @gluon.jit(do_not_specialize=VARYING)
