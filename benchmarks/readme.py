@@ -53,7 +53,8 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
     parts = []
     sections = figures.settings(rows).items()
     for setting, used in sorted(sections, key=lambda section: max(r["date"] for r in section[1]), reverse=True):
-        run = figures.comparable(row for row in rows if tuple(row[key] for key in figures.SETTING) == setting)
+        measured = [row for row in rows if tuple(row[key] for key in figures.SETTING) == setting]
+        run = figures.comparable(measured)
         gpu, dtype, heads, kv_heads, head_dim = setting
         parts.append(
             f"{gpu}, {dtype}, {heads} query and {kv_heads} key/value heads of {head_dim}, batch 1. Milliseconds "
@@ -61,7 +62,11 @@ def attention_tables(rows: list[dict[str, str]]) -> str:
             "one full and one windowed layer, what gpt-oss alternates."
         )
         parts.append(_times_table([row for row in used if row["documents"] == "1"], figures.layer_times(run)))
-        parts += [_ratio_table(figures.ratios(figures.layer_times(run))), _rates_table(used), _documents_table(used)]
+        parts += [
+            _ratio_table(figures.ratios(figures.layer_times(run))),
+            _rates_table(used),
+            _documents_table(used, measured),
+        ]
         versions = [f"{key} {_distinct(used, key)}" for key in ("torch", "triton", "transformers")]
         versions += sorted({row["package"] for row in used if row["contender"] in ("fa4", "fla")})
         parts.append(
@@ -126,8 +131,8 @@ def _rates_table(used: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _documents_table(used: list[dict[str, str]]) -> str:
-    """Packed documents: the time measured, and what the visible pairs predict from the one-document row."""
+def _documents_table(used: list[dict[str, str]], measured: list[dict[str, str]]) -> str:
+    """Packed documents: the time measured, and what the visible pairs predict from the one-document row of its run."""
     packed = [row for row in used if row["documents"] != "1"]
     if not packed:
         return ""
@@ -145,7 +150,7 @@ def _documents_table(used: list[dict[str, str]]) -> str:
         split = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}" if documents[-1] == "u" else f"{len(lengths)}"
         texts = []
         for row in (cells.get((tokens, window, documents, name)) for name in contenders):
-            predicted = figures.predicted_ms(row, used) if row else None
+            predicted = figures.predicted_ms(row, measured) if row else None
             texts.append(f"{float(row['total_ms']):.2f}" if row else "–")
             texts[-1] += "" if predicted is None else f" ({predicted:.2f})"
         layer = f"window {window}" if window else "full"

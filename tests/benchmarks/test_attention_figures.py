@@ -73,6 +73,8 @@ def test_ratios_compare_rows_of_one_run():
         row(contender="flex", commit="old", total_ms="777"),
         row(contender="ours", commit="newer", total_ms="777"),
         row(contender="fa4", gpu="GPU B", total_ms="777"),
+        row(contender="ours", commit="fewer windows", total_ms="777"),
+        row(contender="fa4", commit="fewer windows", total_ms="777"),
     ]
     times = figures.layer_times(figures.comparable(rows))
     assert times == {
