@@ -41,15 +41,15 @@ def _launch(kernel, grid, args, constants, options, device) -> None:
     varying = _varying.get(kernel.fn)
     if varying is None:
         varying = _varying[kernel.fn] = tuple(p.do_not_specialize for p in kernel.params)
-    # Pointers by dtype and alignment, floats by being one, integers by their value or, if they vary, their width.
-    # Most arguments are integers: they are asked for first, and by type(), which is faster than isinstance().
+    # Pointers by dtype, device (Triton refuses a CPU's) and alignment, floats by being one, integers by their value or,
+    # if they vary, their width. Most are integers: they are asked for first, and by type(), faster than isinstance().
     like, values = [], []
     for x, varies in zip(args, varying, strict=False):
         if type(x) is int:
             like.append((-(2**31) <= x < 2**31) if varies else x)
         elif isinstance(x, torch.Tensor):
             address = x.data_ptr()
-            like += x.dtype, address % 16 == 0
+            like += x.dtype, x.get_device(), address % 16 == 0
             x = address
         else:
             like.append(float if isinstance(x, float) else x)
@@ -75,7 +75,8 @@ def runner(compiled) -> Callable[..., None]:
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def launch(grid, device, *arguments):
-        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:
+        enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a chain of hooks, one hook, or None
             compiled[grid](*arguments)
         else:
             run(*grid, current_stream(device), function, metadata, None, None, None, *arguments)

@@ -48,7 +48,7 @@ def compile_offline(
 
     Raises:
         RuntimeError: the process runs Triton's interpreter.
-        ValueError: `arguments` does not name the kernel's parameters.
+        ValueError: `arguments` does not name the kernel's parameters, or has no value for a constexpr.
         Exception: as Triton raises, if the kernel does not compile.
     """
     import triton
@@ -63,6 +63,8 @@ def compile_offline(
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = arguments[name]
+        if kernel.params[position].is_constexpr and isinstance(value, (torch.dtype, str)):
+            raise ValueError(f"arguments: expected a value for the constexpr {name}, got {value!r}")
         if isinstance(value, torch.dtype):
             signature[name] = _POINTERS[value]
             attributes[(position,)] = [["tt.divisibility", 16]]

@@ -1,5 +1,6 @@
 """A launch goes straight to a compiled kernel only where Triton would have taken the same one."""
 
+import contextlib
 import inspect
 from types import SimpleNamespace
 
@@ -125,13 +126,17 @@ def test_prepared_launches_differ_in_alignment_alone(pointers, compiled):
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_hooks_of_a_profiler_are_called(hook, monkeypatch):
+@pytest.mark.parametrize("value", ["chain", print, None])
+def test_hooks_of_a_profiler_are_called(hook, value, monkeypatch):
     prepared, tensor = Prepared(Kernel(), (7,), (), {}), on_gpu()
     kernel = prepared.kernel
     prepared(tensor)
-    monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
+    if value == "chain":
+        monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
+    else:
+        monkeypatch.setattr(triton.knobs.runtime, hook, value)
     prepared(tensor)
-    assert kernel.calls[1:] == [("hooks", (7, 1, 1), (tensor.data_ptr(),))]
+    assert kernel.calls[1:] == [("hooks" if value else "compiled", (7, 1, 1), (tensor.data_ptr(),))]
 
 
 def test_compiled_kernels_run_as_triton_runs_them():
@@ -141,6 +146,41 @@ def test_compiled_kernels_run_as_triton_runs_them():
         "knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, *args)"
     )
     assert order in source
+
+
+def test_each_pattern_of_alignment_has_its_kernel():
+    prepared = Prepared(Kernel(), (7,), (), {})
+    patterns = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for pattern in patterns * 2:
+        prepared(*(on_gpu(offset=offset) for offset in pattern))
+    assert [call[0] for call in prepared.kernel.calls] == [(7, 1, 1)] * 4 + ["compiled"] * 4
+
+
+def test_a_tensor_on_the_cpu_goes_through_triton_which_refuses_it():
+    kernel = Kernel(False, False)
+    for second in (on_gpu(), torch.zeros(64), on_gpu()):
+        launch(kernel, (7,), (on_gpu(), second), {})
+    assert [call[0] for call in kernel.calls] == [(7,), (7,), "compiled"]
+
+
+@pytest.mark.parametrize("how", ["launch", "Prepared"])
+def test_another_device_is_made_current(how, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = Kernel(False)
+    for _ in range(2):
+        if how == "launch":
+            launch(kernel, (7,), (on_gpu(),), {})
+        else:
+            Prepared(kernel, (7,), (), {})(on_gpu())
+    assert entered == [0, 0]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):

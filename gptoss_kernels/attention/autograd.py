@@ -7,6 +7,7 @@ see them as opaque calls with known output shapes.
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from ..keep import kept
 from ..lane import triton_mode
@@ -125,12 +126,8 @@ class _TritonAttention(torch.autograd.Function):
         # One tuple for what has no gradient, and lse only where it is asked for: autograd handles each by itself.
         scale, sliding_window, cu_seqlens, key_padding_mask = how
         arguments = (q, k, v, sinks, *how)
-        if unwatched(q):
-            ctx.plan = plan = _plan(*arguments)
-            out, lse = kept("attention", lambda: plan.forward(q, k, v, sinks, cu_seqlens, key_padding_mask))
-        else:
-            ctx.plan = None
-            out, lse = kept("attention", lambda: torch.ops.gptoss_kernels.attention_forward(*arguments))
+        operator = _attention_forward if unwatched(q) else torch.ops.gptoss_kernels.attention_forward
+        out, lse = kept("attention", lambda: operator(*arguments))
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask)
         ctx.scale, ctx.sliding_window = scale, sliding_window
         ctx.set_materialize_grads(False)
@@ -142,10 +139,9 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v, sinks, out, lse, cu_seqlens, key_padding_mask = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
-        if ctx.plan is not None and unwatched(q):
-            grads = ctx.plan.backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, key_padding_mask)
-            return *grads, None, None
-        dq, dk, dv, dsinks = torch.ops.gptoss_kernels.attention_backward(
+        # The forward pass's plan need not be these tensors': hooks on saved tensors may give them other strides.
+        operator = _attention_backward if unwatched(q) else torch.ops.gptoss_kernels.attention_backward
+        dq, dk, dv, dsinks = operator(
             dout, dlse, q, k, v, out, lse, sinks, ctx.scale, ctx.sliding_window, cu_seqlens, key_padding_mask
         )
         return dq, dk, dv, None if sinks is None else dsinks, None, None
@@ -158,7 +154,7 @@ def triton_attention(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
         x if x is None else x.contiguous() for x in (sinks, cu_seqlens, key_padding_mask)
     ]
     how = (scale, sliding_window, cu_seqlens, key_padding_mask)
-    if torch.is_grad_enabled() or not unwatched(q):
+    if torch.is_grad_enabled() or not unwatched(q) or forward_ad._current_level >= 0:
         return _TritonAttention.apply(q, k, v, sinks, how, return_lse)
     out, lse = kept("attention", lambda: _attention_forward(q, k, v, sinks, *how))
     return (out, lse) if return_lse else out

@@ -428,7 +428,7 @@ _prepared: dict[tuple, Callable] = {}
 def gradient_signature(dout, dlse, out) -> tuple:
     """What decides, beside the forward pass's signature, how gradients are computed."""
     given = None if dlse is None else (dlse.dtype, dlse.stride())
-    return dout.stride(), given, out.stride(), (dout.data_ptr() | out.data_ptr()) & 15
+    return dout.get_device(), dout.stride(), given, out.stride(), (dout.data_ptr() | out.data_ptr()) & 15
 
 
 def prepare_backward(

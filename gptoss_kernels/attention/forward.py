@@ -196,7 +196,7 @@ def signature(q, k, v, sinks, scale, window, cu_seqlens, padding) -> tuple:
     """What decides how these tensors are computed. Alignment decides between kernels; within one, Prepared looks at it
     again."""
     return (
-        q.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(),
+        q.get_device(), k.get_device(), v.get_device(), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(),
         q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, None if sinks is None else sinks.dtype, scale, window,
         None if cu_seqlens is None else cu_seqlens.shape[0], padding is None,
     )  # fmt: skip

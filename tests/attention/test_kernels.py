@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from gptoss_kernels import flash_attention
 from gptoss_kernels.attention.reference import attention_concat
@@ -135,6 +136,42 @@ def test_without_gradients_the_results_are_the_same(mode):
         again = flash_attention(*inputs, **keywords, return_lse=True, backend="triton")
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
     assert out.requires_grad and not again[0].requires_grad and again[0].stride() == out.stride()
+
+
+def test_forward_mode_is_refused_with_gradients_off_as_well():
+    inputs = [x.detach() for x in AttentionCase(q_len=9).inputs(DEVICE)[0]]
+    with forward_ad.dual_level(), torch.no_grad():
+        inputs[0] = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            flash_attention(*inputs, backend="triton")
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["views of one projection", "v contiguous"])
+def test_hooks_on_saved_tensors_may_change_their_strides(mixed, monkeypatch):
+    from gptoss_kernels.attention import autograd
+
+    # Plans are kept on a GPU alone; here too, so that one made for other strides would be found.
+    remembered = autograd.remembered
+    monkeypatch.setattr(
+        autograd, "remembered", lambda known, key, make, interpreted: remembered(known, key, make, False)
+    )
+    monkeypatch.setattr(autograd, "_plans", {})
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    fused = torch.randn(2, 40, 8, 16, device=DEVICE, generator=generator).transpose(1, 2)
+    q, k, v = (x.detach().requires_grad_() for x in fused.split([4, 2, 2], dim=1))
+    if mixed:
+        v = v.detach().contiguous().requires_grad_()
+    grad_out = torch.randn(2, 4, 40, 16, device=DEVICE, generator=generator)
+
+    def gradients(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = flash_attention(q, k, v, backend="triton")
+        return torch.autograd.grad(out, (q, k, v), grad_out)
+
+    as_they_are = gradients(lambda x: x)
+    for pack in (torch.clone, lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
+        for a, b in zip(gradients(pack), as_they_are, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_strided_inputs_are_read_in_place():

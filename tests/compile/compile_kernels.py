@@ -47,12 +47,14 @@ def package_kernels() -> dict:
     return found
 
 
-def attention_arguments(kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dtype, features: dict) -> dict:
+def attention_arguments(
+    kernel, tile: tiles.Tile, head_dim: int, dtype: torch.dtype, features: dict, notify: bool
+) -> dict:
     constants = dict(
         GROUP=8, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, HEADS=tile.heads,
         HAS_SINKS=True, HAS_DLSE=False, EVEN_ROWS=True,
-        HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True,
+        HAS_WINDOW=False, PACKED=False, PADDED=False, SPLIT=True, NOTIFY=notify,
     ) | features  # fmt: skip
     arguments = {}
     for name in kernel.arg_names:
@@ -182,7 +184,7 @@ def compile_row(name: str, kernel, capability: int, head_dim: int, dtype: torch.
         return row | {"feature": feature, **dataclasses.asdict(used)}
     arch = tiles.architecture(divmod(capability, 10))
     tile = tiles.table_tile(arch, ATTENTION[name], head_dim, dtype, feature == "window")
-    arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature])
+    arguments = attention_arguments(kernel, tile, head_dim, dtype, FEATURES[feature], notify=capability == 90)
     used = compile_offline(kernel, arguments, capability, tile.num_warps, tile.num_stages, tile.maxnreg)
     row = {"kernel": name, "capability": capability, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
     return row | {"feature": feature, "tile": tile, **dataclasses.asdict(used)}
