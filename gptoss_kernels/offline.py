@@ -63,7 +63,7 @@ def compile_offline(
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if kernel.params[position].is_constexpr and isinstance(value, (torch.dtype, str)):
+        if kernel.params[position].is_constexpr and isinstance(value, torch.dtype):
             raise ValueError(f"arguments: expected a value for the constexpr {name}, got {value!r}")
         if isinstance(value, torch.dtype):
             signature[name] = _POINTERS[value]

@@ -55,3 +55,20 @@ else:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_constexpr_needs_a_value():
+    code = """
+import torch
+from gptoss_kernels.attention.backward import dq_kernel
+from gptoss_kernels.offline import compile_offline
+try:
+    compile_offline(dq_kernel, dict.fromkeys(dq_kernel.arg_names, torch.float16), 90, 4, 2)
+except ValueError as error:
+    assert str(error) == "arguments: expected a value for the constexpr GROUP, got torch.float16", error
+else:
+    raise SystemExit("no error")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
