@@ -94,13 +94,9 @@ def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
-    shape, dtype, device = (
-        k.shape,
-        q.dtype,
-        q.device,
-    )  # asked for once, for the host
+    dtype, device, k_shape = q.dtype, q.device, k.shape  # looked up once: each time takes the host a while
     batch, q_heads, q_len, head_dim = q.shape
-    _, kv_heads, kv_len, _ = shape
+    _, kv_heads, kv_len, _ = k_shape
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if dtype not in DTYPES and not (dtype == torch.float64 and backend == "reference"):
@@ -110,11 +106,11 @@ def _check_arguments(q, k, v, sinks, scale, sliding_window, cu_seqlens, key_padd
             raise TypeError(f"{name}: expected q's dtype {dtype}, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"{name}: expected q's device {device}, got {x.device}")
-    if shape != v.shape:
-        raise ValueError(f"v: expected k's shape {tuple(shape)}, got {tuple(v.shape)}")
-    if shape != (batch, kv_heads, kv_len, head_dim):
+    if k_shape != v.shape:
+        raise ValueError(f"v: expected k's shape {tuple(k_shape)}, got {tuple(v.shape)}")
+    if k_shape != (batch, kv_heads, kv_len, head_dim):
         raise ValueError(
-            f"k: expected (batch={batch}, kv_heads, kv_len, head_dim={head_dim}) as in q, got {tuple(shape)}"
+            f"k: expected (batch={batch}, kv_heads, kv_len, head_dim={head_dim}) as in q, got {tuple(k_shape)}"
         )
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"q: expected head_dim in {HEAD_DIMS}, got {head_dim}")

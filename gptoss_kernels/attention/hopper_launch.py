@@ -15,7 +15,6 @@ HEAD_DIM, WIDTH, TILE = hopper.HEAD_DIM.value, hopper.WIDTH.value, hopper.TILE.v
 STAGES = {128: 3, 64: 6}  # of the forward kernel, by keys of a tile
 DQ_KEYS, DQ_STAGES = 64, 4
 DKDV_QUERIES, DKDV_STAGES = 64, 4
-OVERLAP = True  # of dK/dV with the end of dQ ("programmatic dependent launch")
 LEAST = 1024  # queries of all rows together
 
 
@@ -127,7 +126,7 @@ def prepare_dkdv(dout, q, k, v, sinks, dk, rows, blocks, scale, window, cu_seqle
     launch = Prepared(
         hopper.dkdv_hopper_kernel, (batch * kv_heads, triton.cdiv(kv_len, 2 * WIDTH)),
         (*dk.stride()[:3], kv_heads, batch, blocks, rows, q_len, kv_len, *bounds, scale), constants, num_warps=4,
-        launch_pdl=OVERLAP,
+        launch_pdl=True,  # overlaps with the end of dQ: the kernel waits for it (gdc_wait)
     )  # fmt: skip
 
     k_desc, v_desc = _like(k, WIDTH), _like(v, WIDTH)
